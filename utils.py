@@ -1,0 +1,385 @@
+"""What two scripts or more share: errors, files, devices, metrics, progress and figures.
+
+    from utils import macro_scores, confusion_matrix, calibration_error
+    confusion = confusion_matrix(labels, logits.argmax(1), num_classes=100)
+    precision, recall, f1 = macro_scores(confusion)
+
+Importing this file has no side effect.
+"""
+
+import argparse
+import hashlib
+import io
+import json
+import os
+import re
+import shutil
+import signal
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import torch
+
+BLUE, VERMILION, GRAY = "#0072B2", "#D55E00", "#999999"  # Okabe and Ito: told apart by colour-blind readers too
+
+
+# ---- errors and the command line -------------------------------------------------------------------------------------
+
+
+class ScriptError(Exception):
+    """One line for the user: what is wrong; what to do.
+
+    code: the exit status. 2: a wrong argument or input file. 1: the world failed (network, disk, memory, divergence).
+    """
+
+    def __init__(self, message, code=2):
+        super().__init__(message)
+        self.code = code
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, raised as an exception so that `finally` and `with` clean up as they do after Ctrl-C."""
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse that shows defaults in --help, takes no abbreviations, and raises ScriptError instead of SystemExit.
+
+    The help's first paragraph is the script's docstring. A notebook cell that calls main([...]) gets an exception.
+    """
+
+    def __init__(self, docstring):
+        formatter = type("", (argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter), {})
+        super().__init__(description=docstring, formatter_class=formatter, allow_abbrev=False)
+
+    def error(self, message):
+        raise ScriptError(f"{message}; {self.prog} --help lists the arguments")
+
+
+def add_common_flags(parser, dataset=None):
+    """The three flags of every script. dataset: the default; None takes it from the run."""
+    parser.add_argument("--data-dir", default="data", help="folder that holds cifar-100-python, or that folder itself")
+    parser.add_argument(
+        "--dataset",
+        choices=["cifar100", "synthetic"],
+        default=dataset,
+        help="synthetic: a made-up stand-in, to try the scripts without the data"
+        + ("" if dataset else " (default: the one the run was trained on)"),
+    )
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps; auto takes a GPU if there is one")
+
+
+def run_script(main):
+    """Run main() as a script does: one line on stderr instead of a traceback, and an exit status that tells what failed."""
+
+    def terminate(signum, frame):
+        raise Terminated
+
+    signal.signal(signal.SIGTERM, terminate)  # by default SIGTERM ends Python without running any `finally`
+    try:
+        main()
+        sys.stdout.flush()
+        return
+    except ScriptError as error:
+        message, code = str(error), error.code
+    except KeyboardInterrupt as interrupt:
+        message, code = "stopped", 143 if isinstance(interrupt, Terminated) else 130
+    except BrokenPipeError:  # `python evaluate.py ... | head`: quiet, as a program that SIGPIPE ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+    except (torch.OutOfMemoryError, MemoryError):
+        message, code = "out of memory; use a smaller --batch-size or another --device", 1
+    except OSError as error:
+        message, code = f"{error.filename or 'operating system'}: {error.strerror or error}; nothing written before is lost", 1
+    sys.stdout.flush()
+    print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
+    sys.exit(code)
+
+
+def warn(message):
+    print(f"warning: {message}", file=sys.stderr, flush=True)
+
+
+# ---- files -----------------------------------------------------------------------------------------------------------
+
+
+def write_file(path, write):
+    """Call write(file) on a new binary file, then move it over path: a kill leaves the old content or the new one."""
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with open(partial, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())  # on the disk before the name points to it
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def write_text(path, text):
+    write_file(path, lambda file: file.write(text.encode()))
+
+
+def write_json(path, content):
+    write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def write_array(path, array):
+    write_file(path, lambda file: np.save(file, array, allow_pickle=False))
+
+
+def sha256(path):
+    """Hex digest of a file, or None if there is no such file."""
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except FileNotFoundError:
+        return None
+
+
+def read_json(path, made_by):
+    """The dict in a JSON file; made_by is the command to run when it is missing."""
+    try:
+        content = json.loads(Path(path).read_text())
+    except FileNotFoundError:
+        raise ScriptError(f"no {path}; run {made_by} first") from None
+    except (OSError, ValueError) as error:
+        raise ScriptError(f"{path} is not readable as JSON ({error}); run {made_by} again") from None
+    if not isinstance(content, dict):
+        raise ScriptError(f"{path} holds no JSON object; run {made_by} again")
+    return content
+
+
+def load_checkpoint(path):
+    """The dict that train.py saved: tensors and plain Python only, on the CPU.
+
+    Nothing in the file is executed (weights_only), and its CRC sums are compared first, which torch.load does not do: a
+    flipped bit in a tensor would go unnoticed. Raises ScriptError for anything but an intact checkpoint of this project.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ScriptError(f"no {path}; run python train.py first, or name the folder of a run that has it")
+    try:
+        content = path.read_bytes()  # checked and loaded from the same bytes
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            damaged = archive.testzip()
+        if damaged:
+            raise zipfile.BadZipFile(f"wrong CRC in {damaged}")
+        checkpoint = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except Exception as error:  # pickle, zip and torch raise anything from KeyError to UnicodeDecodeError here
+        reason = re.search(r"GLOBAL (\S+)", str(error))
+        reason = f"it asks to run {reason[1]}" if reason else (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ScriptError(f"{path} is not a checkpoint of this project ({reason}); refused, nothing was executed") from None
+    missing = {"format", "args", "model"} - set(checkpoint if isinstance(checkpoint, dict) else ())
+    if missing:
+        raise ScriptError(f"{path} is not a checkpoint of train.py (no {', '.join(sorted(missing))}); train one with train.py")
+    if checkpoint["format"] != 1:
+        raise ScriptError(f"{path} has checkpoint format {checkpoint['format']}, this version reads 1; update the scripts")
+    return checkpoint
+
+
+def load_weights(model, state, path):
+    """Copy a checkpoint's weights into model, also from DataParallel or torch.compile, which prefix the names."""
+    state = {re.sub(r"^(module\.|_orig_mod\.)+", "", name): tensor for name, tensor in state.items()}
+    own = model.state_dict()
+    wrong = [name for name in {**own, **state} if name not in own or name not in state or own[name].shape != state[name].shape]
+    if wrong:
+        raise ScriptError(f"{path} is of another network ({len(wrong)} tensors differ: {', '.join(wrong[:3])}); train it with train.py")
+    if not all(tensor.isfinite().all() for tensor in state.values()):
+        raise ScriptError(f"{path} holds NaN or infinite weights; the run diverged, train again with a lower --lr")
+    model.load_state_dict(state)
+
+
+def load_array(path, made_by):
+    """A .npy array, never unpickling; ScriptError if it is missing or unreadable."""
+    try:
+        return np.load(path, allow_pickle=False)
+    except FileNotFoundError:
+        raise ScriptError(f"no {path}; run {made_by} first") from None
+    except Exception as error:  # numpy raises EOFError, ValueError, MemoryError, SyntaxError... on damaged headers
+        reason = "it holds pickled objects" if "pickle" in str(error) else type(error).__name__
+        raise ScriptError(f"{path} is not readable as a NumPy array ({reason}); run {made_by} --refresh") from None
+
+
+def load_logits(run_dir, split, num_classes=100):
+    """(logits, labels) that evaluate.py saved for split "test" or "val": (N, C) float64 and (N,) int64.
+
+    Raises ScriptError for a wrong shape, dtype or value, and for files other than those that metrics.json was made from.
+    """
+    run_dir, made_by = Path(run_dir), f"python evaluate.py {run_dir}"
+    paths = run_dir / f"{split}_logits.npy", run_dir / f"{split}_labels.npy"
+    logits, labels = (load_array(path, made_by) for path in paths)
+    if logits.ndim != 2 or logits.shape[1] != num_classes or len(logits) == 0 or logits.dtype.kind != "f":
+        raise ScriptError(f"{paths[0]} is {logits.dtype} {logits.shape}, floats (N, {num_classes}) are wanted; run {made_by} --refresh")
+    if labels.shape != (len(logits),) or labels.dtype.kind not in "iu":
+        raise ScriptError(f"{paths[1]} is {labels.dtype} {labels.shape}, integers ({len(logits)},) are wanted; run {made_by} --refresh")
+    if labels.min() < 0 or labels.max() >= num_classes:
+        raise ScriptError(f"{paths[1]} has labels outside 0..{num_classes - 1}; run {made_by} --refresh")
+    bad_rows = np.flatnonzero(~np.isfinite(logits).all(1))
+    if len(bad_rows):
+        raise ScriptError(f"{paths[0]} has a NaN or infinite value in row {bad_rows[0]}; run {made_by} --refresh")
+    if (run_dir / "metrics.json").exists():
+        known = read_json(run_dir / "metrics.json", made_by).get("sha256", {})
+        for path in paths:
+            if known.get(path.name, sha256(path)) != sha256(path):
+                raise ScriptError(f"{path} is not the file that metrics.json was made from (damaged or replaced); run {made_by} --refresh")
+    if logits.min() >= 0 and np.abs(logits.sum(1, dtype=np.float64) - 1).max() < 1e-3:
+        warn(f"{paths[0]} looks like probabilities, not logits: every confidence computed from it is too low")
+    return logits.astype(np.float64), labels.astype(np.int64)
+
+
+# ---- device ----------------------------------------------------------------------------------------------------------
+
+
+def select_device(name):
+    """torch.device for "auto", "cpu", "cuda", "cuda:N" or "mps", after one real operation on it."""
+    found = ["cpu"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())] + ["mps"] * torch.backends.mps.is_available()
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else found[-1]
+    if name not in found and not (name == "cuda" and "cuda:0" in found):
+        raise ScriptError(f"--device {name} is not here; this machine has {', '.join(found)}")
+    device = torch.device(name)
+    try:
+        torch.ones(1, device=device).add(1).item()
+    except RuntimeError as error:  # a P100 is "available" to a PyTorch that has no kernels for it
+        reason = str(error).splitlines()[0]
+        raise ScriptError(f"{name} does not run this PyTorch ({reason}); choose another GPU (Kaggle: T4) or --device cpu", 1) from None
+    return device
+
+
+def device_name(device):
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type}, {torch.get_num_threads()} threads" if device.type == "cpu" else device.type
+
+
+@torch.inference_mode()
+def predict(model, batches):
+    """Logits (N, C) float32 of all batches (B, 3, 32, 32), in order, on the model's device, in eval mode."""
+    model.eval()
+    return torch.cat([model(images).float() for images in batches])
+
+
+# ---- metrics ---------------------------------------------------------------------------------------------------------
+
+
+def log_softmax(logits):
+    """log softmax over the last axis in float64, where exp() of a row sums to 1 within 1e-15."""
+    logits = np.asarray(logits, np.float64)
+    logits = logits - logits.max(-1, keepdims=True)
+    return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+
+
+def confusion_matrix(labels, preds, num_classes):
+    """Counts (C, C) int64, row = true class, column = predicted class, from two (N,) integer arrays."""
+    labels, preds = np.asarray(labels), np.asarray(preds)
+    counts = np.bincount(labels * num_classes + preds, minlength=num_classes**2)
+    return counts.reshape(num_classes, num_classes)
+
+
+def macro_scores(confusion):
+    """Unweighted means over the classes of precision, recall and F1, each in [0, 1].
+
+    confusion: (..., C, C) counts, row = true class, column = predicted class; leading axes are kept.
+    A precision, recall or F1 of 0/0 counts as 0, so the mean is always over C classes (scikit-learn: zero_division=0).
+    Example: [[3, 1], [2, 4]] has precisions 3/5, 4/5, recalls 3/4, 4/6, and F1 6/9, 8/11.
+    Raises ValueError if the matrix is not square.
+    """
+    confusion = np.asarray(confusion, np.float64)
+    if confusion.ndim < 2 or confusion.shape[-1] != confusion.shape[-2]:
+        raise ValueError(f"a confusion matrix is square, got shape {confusion.shape}")
+    hits = np.diagonal(confusion, axis1=-2, axis2=-1)
+    return macro_scores_from_counts(hits, confusion.sum(-1), confusion.sum(-2))
+
+
+def macro_scores_from_counts(hits, true_counts, predicted_counts):
+    """macro_scores from (..., C) counts per class: right ones, images of the class, predictions of the class."""
+
+    def mean_ratio(a, b):
+        return np.divide(a, b, out=np.zeros(np.broadcast(a, b).shape), where=b > 0).mean(-1)
+
+    return (
+        mean_ratio(hits, predicted_counts),
+        mean_ratio(hits, true_counts),
+        mean_ratio(2 * hits, true_counts + predicted_counts),
+    )
+
+
+def calibration_bins(confidence, num_bins=15):
+    """Bin index (N,) int64 of each confidence: num_bins of equal width on (0, 1], closed on the right."""
+    return np.digitize(confidence, np.linspace(0, 1, num_bins + 1)[1:-1], right=True)
+
+
+def calibration_error(confidence, correct, num_bins=15):
+    """Expected calibration error in [0, 1]: sum over bins of (n_b / N) |accuracy_b - mean confidence_b|.
+
+    confidence: (N,) largest softmax probability. correct: (N,) bool. Guo et al., arXiv:1706.04599, equation 3.
+    """
+    gaps = np.asarray(confidence, np.float64) - np.asarray(correct, np.float64)
+    sums = np.bincount(calibration_bins(confidence, num_bins), weights=gaps, minlength=num_bins)
+    return float(np.abs(sums).sum() / len(gaps))
+
+
+# ---- progress and figures --------------------------------------------------------------------------------------------
+
+
+class Progress:
+    """A line on how far it is: redrawn twice a second on a terminal, a whole line every 30 s in a file or pipe."""
+
+    def __init__(self):
+        self.redraw = sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
+        self.interval = 0.5 if self.redraw else 30.0  # seconds
+        self.last = time.monotonic()
+
+    def due(self):
+        return time.monotonic() - self.last >= self.interval
+
+    def show(self, text):
+        self.last = time.monotonic()
+        if self.redraw:
+            width = shutil.get_terminal_size().columns - 1
+            print("\r" + text[:width].ljust(width), end="", flush=True)
+        else:
+            print(text, flush=True)
+
+    def clear(self):
+        """Make room for a line that stays."""
+        if self.redraw:
+            print("\r" + " " * (shutil.get_terminal_size().columns - 1) + "\r", end="")
+
+
+def track(items, total, what):
+    """Yield the items, showing how many of `total` are done and the time left."""
+    progress, start = Progress(), time.monotonic()
+    for done, item in enumerate(items):
+        if done and progress.due():
+            left = (time.monotonic() - start) / done * (total - done)
+            progress.show(f"{what} {done}/{total}, {duration(left)} left")
+        yield item
+    progress.clear()
+
+
+def duration(seconds):
+    """42 s, 7 min 03 s or 4 h 31 min."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {seconds:02d} s" if minutes else f"{seconds} s"
+
+
+def new_figure(width, height, rows=1, columns=1, **kwargs):
+    """(figure, axes) in inches, without pyplot: no window, no state, and a notebook's own plots are left alone."""
+    if "matplotlib" not in sys.modules and "ipykernel" not in sys.modules:
+        # `!python train.py` in Colab inherits the notebook's backend, which cannot be imported outside the notebook.
+        os.environ["MPLBACKEND"] = "agg"
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots(rows, columns, **kwargs)
+
+
+def save_figure(figure, path):
+    write_file(path, lambda file: figure.savefig(file, format="png", dpi=150))
