@@ -154,12 +154,6 @@ def _mean_std(device):
     return tuple(torch.tensor(values, device=device).view(1, 3, 1, 1) * 255 for values in (MEAN, STD))
 
 
-def eval_batches(images, device, batch_size=500):
-    """Yield normalised batches (B, 3, 32, 32) of images (N, 32, 32, 3) uint8: in order, every image, nothing random."""
-    for batch in images.split(batch_size):
-        yield normalize(batch.to(device))
-
-
 def pad(images):
     """(N, 32, 32, 3) uint8 to (N, 40, 40, 3): four black pixels on each side, as RandomCrop(32, padding=4) adds."""
     return F.pad(images, (0, 0, 4, 4, 4, 4))

@@ -10,7 +10,6 @@ evaluate.py and gradcam.py read). 5,000 of the training images are held out for 
 """
 
 import contextlib
-import csv
 import io
 import math
 import re
@@ -23,7 +22,7 @@ import torch
 import torch.nn.functional as F
 
 import utils
-from data import augment, class_names, epoch_plan, eval_batches, load_dataset, pad, split_train_val
+from data import augment, epoch_plan, load_dataset, normalize, pad, split_train_val
 from model import resnet18
 from utils import ScriptError, duration
 
@@ -181,14 +180,6 @@ def save_checkpoint(path, content):
     utils.write_file(path, lambda file: file.write(buffer.getbuffer()))
 
 
-def write_log(path, history):
-    text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(history)
-    utils.write_text(path, text.getvalue())
-
-
 def draw_curves(path, history, best_epoch, title):
     figure, (left, right) = utils.new_figure(10, 4, 1, 2)
     epochs = [row["epoch"] for row in history]
@@ -250,7 +241,7 @@ def train(args, device, run_dir):
     config = {
         "args": vars(args), "dataset": args.dataset, "parameters": parameters, "device": utils.device_name(device),
         "precision": precision, "torch": torch.__version__, "threads": torch.get_num_threads(),
-        "train_images": len(train_images), "val_images": len(val_images),
+        "train_images": len(train_images), "val_images": len(val_images), "finished": False,
     }  # fmt: skip
 
     history, best_epoch, best_acc, finished = [], 0, -1.0, False
@@ -264,7 +255,7 @@ def train(args, device, run_dir):
         then, now = checkpoint["setup"], [precision, torch.__version__, torch.get_num_threads(), device.type]
         if then != now and not finished:
             utils.warn(f"the run began with {then}, it goes on with {now}: as good a run, but not the same bits")
-        write_log(run_dir / "log.csv", history)  # in case it was killed between last.pt and log.csv
+        utils.write_csv(run_dir / "log.csv", COLUMNS, history)  # in case it was killed between last.pt and log.csv
     utils.write_json(run_dir / "config.json", config)
 
     progress, seconds = utils.Progress(), 0.0
@@ -309,7 +300,7 @@ def train(args, device, run_dir):
             check_finite(loss_sum, step, history)
             trained = time.monotonic()
             with torch.autocast(device.type, dtype, enabled=dtype is not None):
-                val_logits = utils.predict(model, eval_batches(val_images, device))
+                val_logits = utils.predict(model, map(normalize, val_images.split(500)))
             row = {
                 "epoch": epoch,
                 "lr": lr,  # of the epoch's last step
@@ -337,7 +328,7 @@ def train(args, device, run_dir):
                 | {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "history": history, "setup": setup}
                 | {"best_epoch": best_epoch, "best_acc": best_acc, "finished": finished},
             )
-            write_log(run_dir / "log.csv", history)
+            utils.write_csv(run_dir / "log.csv", COLUMNS, history)
 
             progress.clear()
             print(
@@ -352,6 +343,7 @@ def train(args, device, run_dir):
         kept = f"last.pt holds epoch {len(history)}; the same command with --resume goes on from there" if history else "nothing was saved yet"
         raise ScriptError(f"stopped in epoch {len(history) + 1}; {kept}", code=143 if isinstance(interrupt, utils.Terminated) else 130) from None
 
+    utils.write_json(run_dir / "config.json", config | {"finished": True})
     draw_curves(run_dir / "curves.png", history, best_epoch, f"ResNet-18 on {name}: {run_dir.name}")
     if len(history) < args.epochs:
         print(f"stopped early: no better validation accuracy in {args.patience} epochs")

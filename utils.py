@@ -8,6 +8,7 @@ Importing this file has no side effect.
 """
 
 import argparse
+import csv
 import hashlib
 import io
 import json
@@ -132,6 +133,15 @@ def write_array(path, array):
     write_file(path, lambda file: np.save(file, array, allow_pickle=False))
 
 
+def write_csv(path, columns, rows):
+    """A header and one line per dict; floats keep all their digits."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(path, text.getvalue())
+
+
 def sha256(path):
     """Hex digest of a file, or None if there is no such file."""
     try:
@@ -152,6 +162,15 @@ def read_json(path, made_by):
     if not isinstance(content, dict):
         raise ScriptError(f"{path} holds no JSON object; run {made_by} again")
     return content
+
+
+def read_config(run_dir):
+    """The dict in a run's config.json; its "dataset" is "cifar100" or "synthetic"."""
+    path = Path(run_dir) / "config.json"
+    config = read_json(path, "python train.py")
+    if config.get("dataset") not in ("cifar100", "synthetic"):
+        raise ScriptError(f"{path} names no known dataset; it is not of train.py")
+    return config
 
 
 def load_checkpoint(path):
@@ -352,13 +371,13 @@ class Progress:
             print("\r" + " " * (shutil.get_terminal_size().columns - 1) + "\r", end="")
 
 
-def track(items, total, what):
-    """Yield the items, showing how many of `total` are done and the time left."""
+def track(items, what):
+    """Yield the items of a sequence, showing how many are done and the time left."""
     progress, start = Progress(), time.monotonic()
     for done, item in enumerate(items):
         if done and progress.due():
-            left = (time.monotonic() - start) / done * (total - done)
-            progress.show(f"{what} {done}/{total}, {duration(left)} left")
+            left = (time.monotonic() - start) / done * (len(items) - done)
+            progress.show(f"{what} {done}/{len(items)}, {duration(left)} left")
         yield item
     progress.clear()
 

@@ -1,0 +1,385 @@
+"""Score trained runs on the CIFAR-100 test set.
+
+    python evaluate.py runs/baseline                        # one run
+    python evaluate.py runs/baseline runs/smoothing0.1      # side by side, below the published numbers
+
+Writes into each run directory test_logits.npy (10000, 100) float32 and test_labels.npy (10000,) int64, where row i is test
+image i; the same for the 5,000 validation images; metrics.json (fractions, 95 % intervals under ci95); confusion.npy (row =
+true class, column = predicted), confusion.png, per_class.csv, per_class.png and reliability.png. Logits that are there
+already are not computed again: then neither checkpoint nor data set is needed. failures.py and gradcam.py read the results.
+"""
+
+import math
+import shlex
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import utils
+from data import NUM_CLASSES, SUPERCLASS_OF, SUPERCLASSES, class_names, load_dataset, normalize, split_train_val
+from model import resnet18
+from utils import ScriptError, calibration_bins, calibration_error, confusion_matrix, log_softmax
+
+# The study that this collection rebuilds, its baseline: ResNet-18, CIFAR-100 test set.
+PUBLISHED = {"accuracy": 0.6596, "macro_precision": 0.6611, "macro_recall": 0.6596, "macro_f1": 0.6588}
+
+ARRAYS = ("test_logits.npy", "test_labels.npy", "val_logits.npy", "val_labels.npy")
+NAMES = {"cifar100": "CIFAR-100 test set", "synthetic": "SYNTHETIC test set"}  # for titles
+
+
+# ---- logits ----------------------------------------------------------------------------------------------------------
+
+
+def compute_logits(run_dir, args, config):
+    """Run best.pt over the test and the validation images in float32; save logits and labels."""
+    checkpoint = utils.load_checkpoint(run_dir / "best.pt")
+    trained = checkpoint["args"]
+    device = utils.select_device(args.device)
+    torch.backends.cudnn.allow_tf32 = False  # else an Ampere GPU keeps 10 of float32's 23 mantissa bits
+    model = resnet18(width=trained["width"])
+    utils.load_weights(model, checkpoint["model"], run_dir / "best.pt")
+    model.to(device, memory_format=torch.channels_last)
+
+    images, labels = load_dataset(config["dataset"], args.data_dir, train=True)
+    _, val_index = split_train_val(labels, trained["val_size"], trained["seed"])
+    splits = {"val": (images[val_index], labels[val_index]), "test": load_dataset(config["dataset"], args.data_dir, train=False)}
+    unfinished = "" if config.get("finished") else "; the run is not finished, this is its best epoch so far"
+    print(f"{run_dir}: logits of best.pt, epoch {checkpoint['epoch']}, on {utils.device_name(device)}, float32{unfinished}", flush=True)
+    (run_dir / "metrics.json").unlink(missing_ok=True)  # it describes the files that are replaced now
+    for split, (images, labels) in splits.items():
+        batches = utils.track(images.split(500), f"{split} batch")
+        logits = utils.predict(model, (normalize(batch.to(device)) for batch in batches))
+        utils.write_array(run_dir / f"{split}_logits.npy", logits.cpu().numpy())
+        utils.write_array(run_dir / f"{split}_labels.npy", labels.numpy())
+
+
+def logits_are_current(run_dir):
+    """Whether the saved logits can stand: metrics.json says that they came from best.pt, or there is no best.pt."""
+    if not all((run_dir / name).exists() for name in ARRAYS):
+        return False
+    if not (run_dir / "best.pt").exists():
+        return True
+    if not (run_dir / "metrics.json").exists():
+        return False
+    known = utils.read_json(run_dir / "metrics.json", f"python evaluate.py {run_dir} --refresh").get("sha256", {})
+    return known.get("best.pt") == utils.sha256(run_dir / "best.pt")
+
+
+# ---- metrics ---------------------------------------------------------------------------------------------------------
+
+
+def image_scores(logits, labels):
+    """What is known of each image, as a dict of (N,) arrays; the mean of most of them is a metric.
+
+    pred, confidence (largest probability), correct, top5, nll (nats), brier (sum over classes of (p - target)^2, in
+    [0, 2]), superclass (right, or the error stays in the superclass), within (wrong, but in the superclass).
+    """
+    log_probs = log_softmax(logits)
+    probs = np.exp(log_probs)
+    rows, pred = np.arange(len(labels)), logits.argmax(1)
+    correct = pred == labels
+    top5 = (np.argsort(-logits, axis=1, kind="stable")[:, :5] == labels[:, None]).any(1)  # ties: the lower label first
+    superclass = SUPERCLASS_OF[pred] == SUPERCLASS_OF[labels]
+    return {
+        "pred": pred,
+        "confidence": probs[rows, pred],
+        "correct": correct,
+        "top5": top5,
+        "nll": -log_probs[rows, labels],
+        "brier": (probs**2).sum(1) - 2 * probs[rows, labels] + 1,
+        "superclass": superclass,
+        "within": superclass & ~correct,
+    }
+
+
+def fit_temperature(logits, labels):
+    """The T > 0 that minimises the NLL of logits / T (Guo et al., arXiv:1706.04599); fit it on images held out from training.
+
+    The NLL is convex in b = 1/T, and its derivative, the mean of (sum_k p_k z_k) - z_y, only rises: bisect for its zero.
+    If every image is classified correctly there is no minimum, and the lower bound 0.01 comes back.
+    """
+    true_logits = logits[np.arange(len(labels)), labels]
+    low, high = math.log(1 / 100), math.log(1 / 0.01)  # of log b
+    for _ in range(50):
+        middle = (low + high) / 2
+        probs = np.exp(log_softmax(logits * math.exp(middle)))
+        if ((probs * logits).sum(1) - true_logits).mean() > 0:
+            high = middle
+        else:
+            low = middle
+    return math.exp(-(low + high) / 2)
+
+
+def null_calibration_error(confidence, draws=1000, seed=0):
+    """ECE that a perfectly calibrated model of these confidences would show on average: the noise floor.
+
+    The labels are redrawn: image i is right with probability confidence_i. Broecker and Smith 2007.
+    """
+    rng = np.random.default_rng(seed)
+    return float(np.mean([calibration_error(confidence, rng.random(len(confidence)) < confidence) for _ in range(draws)]))
+
+
+def area_under_risk_coverage(confidence, correct):
+    """AURC in [0, 1], lower is better: the error rate among the i most confident images, averaged over i = 1..N.
+
+    Geifman, Uziel, El-Yaniv, arXiv:1805.08206. Images of equal confidence share their error rate, which is the mean over
+    all orders of the tied images.
+    """
+    _, tie, count = np.unique(-confidence, return_inverse=True, return_counts=True)
+    errors = (np.bincount(tie, ~correct) / count)[tie]
+    risk = np.cumsum(errors[np.argsort(tie, kind="stable")]) / np.arange(1, len(errors) + 1)
+    return float(risk.mean())
+
+
+def failure_auroc(confidence, correct):
+    """P(a correct image is more confident than a wrong one), ties counting half; None without errors or without hits."""
+    hits, errors = int(correct.sum()), int((~correct).sum())
+    if not hits or not errors:
+        return None
+    _, tie, count = np.unique(confidence, return_inverse=True, return_counts=True)
+    rank = (np.cumsum(count) - (count - 1) / 2)[tie]  # from 1, the mean rank where tied
+    return float((rank[correct].sum() - hits * (hits + 1) / 2) / (hits * errors))
+
+
+def bootstrap_intervals(scores, labels, resamples=2000, seed=0):
+    """95 % percentile intervals of the means and rates, from resampling test images within each class.
+
+    The test set has 100 images of every class by design, so that is how it is redrawn. Returns {metric: [low, high]}.
+    """
+    n, rng = len(labels), np.random.default_rng(seed)
+    by_class = np.argsort(labels, kind="stable")
+    class_size = np.bincount(labels, minlength=NUM_CLASSES)
+    first = np.repeat(np.cumsum(class_size) - class_size, class_size)  # (N,) where the image's class begins in by_class
+    size = np.repeat(class_size, class_size)
+    wrong = ~scores["correct"]
+    means = {
+        "accuracy": scores["correct"],
+        "top5_accuracy": scores["top5"],
+        "nll": scores["nll"],
+        "brier": scores["brier"],
+        "mean_confidence": scores["confidence"],
+        "signed_gap": scores["confidence"] - scores["correct"],
+        "superclass_accuracy": scores["superclass"],
+        "confident_errors": wrong & (scores["confidence"] > 0.9),
+    }
+    # Everything is a sum over images, so one matrix product per block of resamples gives them all.
+    classes = np.arange(NUM_CLASSES)
+    hits, predicted = (labels[:, None] == classes) & scores["correct"][:, None], scores["pred"][:, None] == classes
+    columns = np.column_stack([*means.values(), scores["within"], wrong, hits, predicted]).astype(np.float32)
+    sums = []
+    for _ in range(resamples // 100):
+        drawn = by_class[first + (rng.random((100, n)) * size).astype(np.int64)]
+        counts = np.stack([np.bincount(row, minlength=n) for row in drawn]).astype(np.float32)
+        sums.append(counts @ columns)
+    sums = np.concatenate(sums).astype(np.float64)
+
+    values = {name: sums[:, i] / n for i, name in enumerate(means)}
+    within, errors = sums[:, len(means)], sums[:, len(means) + 1]
+    values["errors_within_superclass"] = np.divide(within, errors, out=np.full(len(sums), np.nan), where=errors > 0)
+    macro = utils.macro_scores_from_counts(sums[:, -2 * NUM_CLASSES : -NUM_CLASSES], class_size, sums[:, -NUM_CLASSES:])
+    values |= dict(zip(("macro_precision", "macro_recall", "macro_f1"), macro))
+    return {name: np.quantile(value, [0.025, 0.975]).tolist() for name, value in values.items() if not np.isnan(value).any()}
+
+
+def wilson_interval(hits, n):
+    """95 % interval (low, high) of a proportion of hits in n > 0 trials; never empty, also at 0 and n. Wilson 1927."""
+    z, p = 1.959964, hits / n
+    center, half = p + z**2 / (2 * n), z * np.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
+    return (center - half) / (1 + z**2 / n), (center + half) / (1 + z**2 / n)
+
+
+def compute_metrics(logits, labels, val_logits, val_labels):
+    """The content of metrics.json but for its sha256, and the per-image scores it was made from."""
+    scores = image_scores(logits, labels)
+    confidence, correct, wrong = scores["confidence"], scores["correct"], ~scores["correct"]
+    precision, recall, f1 = utils.macro_scores(confusion_matrix(labels, scores["pred"], NUM_CLASSES))
+    temperature = fit_temperature(val_logits, val_labels)
+    scaled = image_scores(logits / temperature, labels)
+    metrics = {
+        "images": len(labels),
+        "accuracy": correct.mean(),
+        "macro_precision": precision,
+        "macro_recall": recall,
+        "macro_f1": f1,
+        "top5_accuracy": scores["top5"].mean(),
+        "nll": scores["nll"].mean(),
+        "brier": scores["brier"].mean(),
+        "ece": calibration_error(confidence, correct),
+        "ece_null": null_calibration_error(confidence),
+        "mean_confidence": confidence.mean(),
+        "signed_gap": confidence.mean() - correct.mean(),  # above 0: more confident than right
+        "aurc": area_under_risk_coverage(confidence, correct),
+        "auroc_failure": failure_auroc(confidence, correct),
+        "temperature": temperature,
+        "nll_scaled": scaled["nll"].mean(),
+        "ece_scaled": calibration_error(scaled["confidence"], correct),
+        "superclass_accuracy": scores["superclass"].mean(),
+        "errors_within_superclass": scores["within"].sum() / wrong.sum() if wrong.any() else None,
+        "confident_errors": (wrong & (confidence > 0.9)).mean(),
+    }
+    metrics = {name: value if value is None or isinstance(value, int) else float(value) for name, value in metrics.items()}
+    return metrics | {"ci95": bootstrap_intervals(scores, labels)}, scores | {"scaled_confidence": scaled["confidence"]}
+
+
+# ---- files and figures -----------------------------------------------------------------------------------------------
+
+
+def confused_pairs(confusion, count=20):
+    """The unordered pairs of classes most often taken for each other: [(i, j, errors)], most errors first."""
+    errors = np.triu(confusion + confusion.T, 1)
+    order = np.argsort(-errors, axis=None, kind="stable")[:count]
+    return [(i, j, int(errors[i, j])) for i, j in zip(*np.unravel_index(order, errors.shape)) if errors[i, j]]
+
+
+def draw_confusion(path, confusion, names, title):
+    figure, (matrix, bars) = utils.new_figure(20, 13, 1, 2, width_ratios=[14, 6])
+    order = np.argsort(SUPERCLASS_OF, kind="stable")
+    shown = confusion[np.ix_(order, order)].astype(float)
+    np.fill_diagonal(shown, np.nan)  # the hits would own the colour scale
+    picture = matrix.imshow(shown, cmap="cividis")
+    labels = [names[k] for k in order]
+    matrix.set_xticks(range(NUM_CLASSES), labels, rotation=90, fontsize=6)
+    matrix.set_yticks(range(NUM_CLASSES), labels, fontsize=6)
+    for edge in range(0, NUM_CLASSES, 5):  # a frame around the five classes of each superclass
+        matrix.plot(np.array([0, 5, 5, 0, 0]) + edge - 0.5, np.array([0, 0, 5, 5, 0]) + edge - 0.5, color="white", linewidth=0.7)
+    matrix.set(xlabel="predicted class", ylabel="true class", title="errors; frames: superclasses; blank diagonal: correct")
+    figure.colorbar(picture, ax=matrix, label="test images", shrink=0.5)
+
+    pairs = confused_pairs(confusion)[::-1]
+    colors = [utils.BLUE if SUPERCLASS_OF[i] == SUPERCLASS_OF[j] else utils.VERMILION for i, j, _ in pairs]
+    bars.barh([f"{names[i]} / {names[j]}" for i, j, _ in pairs], [errors for _, _, errors in pairs], color=colors)
+    bars.set(xlabel="errors, both ways together", title="most confused pairs\nblue: same superclass, vermilion: different ones")
+    figure.suptitle(title)
+    utils.save_figure(figure, path)
+
+
+def per_class_rows(confusion, names):
+    """One dict per class, in label order: what per_class.csv holds."""
+    hits, images, predicted = np.diag(confusion), confusion.sum(1), confusion.sum(0)
+    errors = confusion - np.diag(hits)
+    low, high = wilson_interval(hits, np.maximum(images, 1))
+    superclasses = list(SUPERCLASSES)
+    return [
+        {
+            "label": k,
+            "class": names[k],
+            "superclass": superclasses[SUPERCLASS_OF[k]],
+            "images": images[k],
+            "accuracy": hits[k] / max(images[k], 1),  # of its images: this is the recall
+            "low": low[k],
+            "high": high[k],
+            "precision": hits[k] / max(predicted[k], 1),
+            "f1": 2 * hits[k] / max(images[k] + predicted[k], 1),
+            "mostly_taken_for": names[errors[k].argmax()] if errors[k].any() else "",
+            "times": errors[k].max(),
+        }
+        for k in range(len(names))
+    ]
+
+
+def draw_per_class(path, rows, title):
+    figure, axes = utils.new_figure(8, 14)
+    rows = sorted(rows, key=lambda row: row["accuracy"])
+    accuracy, low, high = (100 * np.array([row[key] for row in rows]) for key in ("accuracy", "low", "high"))
+    axes.errorbar(accuracy, range(len(rows)), xerr=[accuracy - low, high - accuracy], fmt="o", color=utils.BLUE, ecolor=utils.GRAY, markersize=3)
+    axes.set_yticks(range(len(rows)), [row["class"] for row in rows], fontsize=6)
+    axes.set(xlabel="accuracy on the images of the class (%), with 95 % Wilson interval", ylim=(-1, len(rows)), xlim=(0, 100), title=title)
+    axes.axvline(accuracy.mean(), color=utils.VERMILION, linestyle="--", label=f"mean {accuracy.mean():.1f} %")
+    axes.grid(axis="x", alpha=0.3)
+    axes.legend(loc="lower right")
+    utils.save_figure(figure, path)
+
+
+def draw_reliability(path, scores, metrics, title):
+    """Accuracy against confidence in 15 bins, as trained and after temperature scaling, above the number of images."""
+    figure, axes = utils.new_figure(11, 6.5, 2, 2, sharex=True, height_ratios=[3, 1])
+    panels = [("confidence", f"as trained: ECE {100 * metrics['ece']:.2f} %"),
+              ("scaled_confidence", f"logits / {metrics['temperature']:.3f}, fitted on validation: ECE {100 * metrics['ece_scaled']:.2f} %")]  # fmt: skip
+    centers = (np.arange(15) + 0.5) / 15
+    for (top, bottom), (key, label) in zip(axes.T, panels):
+        bins = calibration_bins(scores[key])
+        count = np.bincount(bins, minlength=15)
+        filled = count > 0
+        accuracy, confidence = (np.bincount(bins, scores[what], 15)[filled] / count[filled] for what in ("correct", key))
+        top.bar(centers[filled], accuracy, 1 / 15, color=utils.BLUE, edgecolor="white", label="accuracy in the bin")
+        top.plot(confidence, confidence, "D", color=utils.VERMILION, markersize=4, label="mean confidence in the bin")
+        top.plot([0, 1], [0, 1], "--", color=utils.GRAY, label="perfectly calibrated")
+        top.set(title=label, ylabel="accuracy", xlim=(0, 1), ylim=(0, 1))
+        top.legend(loc="upper left")
+        bottom.bar(centers, count, 1 / 15, color=utils.GRAY, edgecolor="white")
+        bottom.set(xlabel="confidence (largest probability)", ylabel="test images")
+    figure.suptitle(f"{title}\na calibrated model of this confidence would show an ECE of {100 * metrics['ece_null']:.2f} % by chance")
+    utils.save_figure(figure, path)
+
+
+TABLE = {  # column: (key in metrics.json, factor, decimals)
+    "accuracy": ("accuracy", 100, 2), "precision": ("macro_precision", 100, 2), "recall": ("macro_recall", 100, 2),
+    "F1": ("macro_f1", 100, 2), "top-5": ("top5_accuracy", 100, 2), "NLL": ("nll", 1, 3), "Brier": ("brier", 1, 3),
+    "ECE": ("ece", 100, 2), "gap": ("signed_gap", 100, 2), "AURC": ("aurc", 100, 2), "T": ("temperature", 1, 3),
+    "NLL/T": ("nll_scaled", 1, 3), "ECE/T": ("ece_scaled", 100, 2), "sure+wrong": ("confident_errors", 100, 2),
+}  # fmt: skip
+
+
+def print_table(results):
+    """Runs as rows, the published one first; in % but for NLL, Brier and T."""
+    rows = {"published study": PUBLISHED, **results}
+    width = max(map(len, rows))
+    print(f"\n{'':{width}} " + " ".join(f"{column:>9}" for column in TABLE))
+    for name, metrics in rows.items():
+        cells = [f"{factor * metrics[key]:9.{digits}f}" if key in metrics else f"{'-':>9}" for key, factor, digits in TABLE.values()]
+        print(f"{name:{width}} " + " ".join(cells))
+    print(
+        "In %, but for NLL (nats), Brier and T. Precision, recall, F1: macro. gap: mean confidence - accuracy. /T: after temperature\n"
+        "scaling on validation images. sure+wrong: share of all images that are wrong with confidence above 0.90. Intervals: metrics.json"
+    )
+
+
+def evaluate(run_dir, args):
+    """Everything for one run; returns its metrics."""
+    config = utils.read_config(run_dir)
+    if args.dataset not in (None, config["dataset"]):
+        raise ScriptError(f"{run_dir} was trained on {config['dataset']}, not on --dataset {args.dataset}; leave the flag out")
+    if args.refresh or not logits_are_current(run_dir):
+        compute_logits(run_dir, args, config)
+    logits, labels = utils.load_logits(run_dir, "test")
+    metrics, scores = compute_metrics(logits, labels, *utils.load_logits(run_dir, "val"))
+    metrics["sha256"] = {name: utils.sha256(run_dir / name) for name in ("best.pt", *ARRAYS) if (run_dir / name).exists()}
+
+    names, title = class_names(config["dataset"]), f"{run_dir.name}, {len(labels):,} images of the {NAMES[config['dataset']]}"
+    confusion = confusion_matrix(labels, scores["pred"], NUM_CLASSES)
+    rows = per_class_rows(confusion, names)
+    utils.write_array(run_dir / "confusion.npy", confusion)
+    draw_confusion(run_dir / "confusion.png", confusion, names, title)
+    utils.write_csv(run_dir / "per_class.csv", rows[0], rows)
+    draw_per_class(run_dir / "per_class.png", rows, title)
+    draw_reliability(run_dir / "reliability.png", scores, metrics, title)
+    utils.write_json(run_dir / "metrics.json", metrics)
+
+    low, high = metrics["ci95"]["accuracy"]
+    ranked = sorted(rows, key=lambda row: row["accuracy"])
+    print(f"\n{title}")
+    print(f"  accuracy {100 * metrics['accuracy']:.2f} %, 95 % interval {100 * low:.2f} to {100 * high:.2f}")
+    for what, some in (("worst", ranked[:5]), ("best", ranked[:-6:-1])):
+        print(f"  {what} classes: " + ", ".join(f"{row['class']} {100 * row['accuracy']:.0f} %" for row in some))
+    print("  most confused: " + ", ".join(f"{names[i]}/{names[j]} {errors}" for i, j, errors in confused_pairs(confusion, 5)))
+    print(f"  wrote metrics.json, confusion.npy, confusion.png, per_class.csv, per_class.png and reliability.png to {run_dir}")
+    return metrics
+
+
+def main(argv=None):
+    """Evaluate the given runs; returns {run directory: metrics}."""
+    parser = utils.ArgumentParser(__doc__)
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="run directory of train.py")
+    parser.add_argument("--refresh", action="store_true", help="compute the logits again although they are there")
+    utils.add_common_flags(parser)
+    args = parser.parse_args(argv)
+    runs = [Path(run).expanduser() for run in args.runs]
+    results = {str(run_dir): evaluate(run_dir, args) for run_dir in runs}
+    print_table(results)
+    print(f"next: python failures.py {shlex.quote(str(runs[0]))}" + "".join(f" --compare {shlex.quote(str(run))}" for run in runs[1:2]))
+    return results
+
+
+if __name__ == "__main__":
+    utils.run_script(main)
