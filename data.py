@@ -116,7 +116,7 @@ def load_synthetic(train=True):
     """A stand-in with CIFAR-100's shapes, made in a second: images (N, 32, 32, 3) uint8, labels (N,) int64.
 
     Every class is a pattern of 4x4 colour blocks; the five classes of a superclass share half of theirs. An image blends
-    its class's pattern with a share of up to 0.6 of another one's, plus noise. Where that share is above one half the
+    its class's pattern with a share of up to 0.55 of another one's, plus noise. Where that share is above one half the
     label is wrong in effect, so that even a perfect classifier makes mistakes, some of them confident.
     """
     shared, own = np.random.default_rng(100).integers(20, 180, (2, NUM_CLASSES, 4, 4, 3))  # the patterns, for both splits
@@ -125,7 +125,7 @@ def load_synthetic(train=True):
     rng = np.random.default_rng([100, 1 + train])
     labels = rng.permutation(n) % NUM_CLASSES  # balanced, in random order
     others = (labels + rng.integers(1, NUM_CLASSES, n)) % NUM_CLASSES
-    share = rng.uniform(0, 0.6, (n, 1, 1, 1))
+    share = rng.uniform(0, 0.55, (n, 1, 1, 1))
     blocks = ((1 - share) * patterns[labels] + share * patterns[others]).astype(np.uint8)
     images = blocks.repeat(8, axis=1).repeat(8, axis=2)
     images += rng.integers(0, 76, images.shape, dtype=np.uint8)  # at most 179 + 75 = 254

@@ -238,11 +238,10 @@ def train(args, device, run_dir):
         f"{name}: {len(train_images):,} training and {len(val_images):,} validation images | "
         f"{args.epochs} epochs of {steps_per_epoch} steps -> {run_dir}"
     )
-    config = {
-        "args": vars(args), "dataset": args.dataset, "parameters": parameters, "device": utils.device_name(device),
-        "precision": precision, "torch": torch.__version__, "threads": torch.get_num_threads(),
-        "train_images": len(train_images), "val_images": len(val_images), "finished": False,
-    }  # fmt: skip
+    # What decides the bits besides the arguments: a resumed run that differs here is as good a run, but not the same one.
+    setup = {"device": utils.device_name(device), "precision": precision, "torch": str(torch.__version__), "threads": torch.get_num_threads()}
+    config = {"args": vars(args), "dataset": args.dataset, "parameters": parameters, **setup}
+    config |= {"train_images": len(train_images), "val_images": len(val_images), "finished": False}
 
     history, best_epoch, best_acc, finished = [], 0, -1.0, False
     if checkpoint:
@@ -252,9 +251,9 @@ def train(args, device, run_dir):
             scaler.load_state_dict(checkpoint["scaler"])
         history, best_epoch, best_acc, finished = (checkpoint[key] for key in ("history", "best_epoch", "best_acc", "finished"))
         print(f"resuming after epoch {len(history)}" if not finished else f"already finished after epoch {len(history)}")
-        then, now = checkpoint["setup"], [precision, torch.__version__, torch.get_num_threads(), device.type]
-        if then != now and not finished:
-            utils.warn(f"the run began with {then}, it goes on with {now}: as good a run, but not the same bits")
+        for key, value in setup.items():
+            if value != checkpoint["setup"][key] and not finished:
+                utils.warn(f"{key} was {checkpoint['setup'][key]} and is {value} now: not bit for bit the run that it would have been")
         utils.write_csv(run_dir / "log.csv", COLUMNS, history)  # in case it was killed between last.pt and log.csv
     utils.write_json(run_dir / "config.json", config)
 
@@ -321,7 +320,6 @@ def train(args, device, run_dir):
             common = {"format": 1, "args": vars(args), "model": model.state_dict(), "epoch": epoch}
             if better:
                 save_checkpoint(run_dir / "best.pt", common | {"val_acc": best_acc})
-            setup = [precision, torch.__version__, torch.get_num_threads(), device.type]
             save_checkpoint(
                 run_dir / "last.pt",
                 common

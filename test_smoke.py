@@ -1,0 +1,779 @@
+"""Tests, offline, about a minute on two cores: the whole chain on synthetic data, and its parts against something independent.
+
+    python test_smoke.py             # or pytest
+    python test_smoke.py resume      # only the tests with "resume" in their names
+    python test_smoke.py --long      # the long ones too, some ten minutes: kills at random instants, 500 damaged files
+
+Tests on the real CIFAR-100 run where it is found (data/, or ../shared/cifar100), and are skipped elsewhere.
+"""
+
+import contextlib
+import csv
+import functools
+import io
+import itertools
+import json
+import math
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+import unittest
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+import data
+import evaluate
+import failures
+import gradcam
+import train
+import utils
+from model import resnet18
+from utils import ScriptError
+
+HERE = Path(__file__).resolve().parent
+TINY = "--dataset synthetic --device cpu --width 8 --limit 300 --batch-size 100 --val-size 100 --epochs 3 --warmup-epochs 1 --lr 0.1".split()
+
+
+@functools.cache
+def scratch():
+    """A folder for this session's files, with a blank and an umlaut in its name; removed at the end."""
+    holder = tempfile.TemporaryDirectory(prefix="smoke tést ")
+    scratch.holder = holder
+    return Path(holder.name)
+
+
+def quietly(function, *args):
+    """(result, what was printed) of function(*args)."""
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+        result = function(*args)
+    return result, printed.getvalue()
+
+
+def environment(**changes):
+    """For a subprocess: as many threads as here, because another number rounds differently."""
+    return os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads()), "PYTHONPATH": str(HERE)} | changes
+
+
+def script(*args, env=None, cwd=HERE):
+    """Run a script as a user does; returns the CompletedProcess, output as text."""
+    command = [sys.executable, *map(str, args)]
+    return subprocess.run(command, cwd=cwd, env=env or environment(), capture_output=True, text=True, timeout=300)
+
+
+def refused(main, argv, code, *words):
+    """main(argv) must raise a one-line ScriptError with this code that says all the words."""
+    try:
+        quietly(main, [str(arg) for arg in argv])
+    except ScriptError as error:
+        message = str(error)
+        assert error.code == code, f"{argv}: code {error.code}: {message}"
+        assert "\n" not in message, message
+        missing = [word for word in words if word not in message]
+        assert not missing, f"{argv}: no {missing} in: {message}"
+        return
+    raise AssertionError(f"{argv} was accepted")
+
+
+def real_data():
+    """A --data-dir with the official CIFAR-100, or skip the test."""
+    if (HERE / "data/cifar-100-python/train").exists():
+        return HERE / "data"
+    unpack = HERE.parent / "shared/cifar100/unpack.py"
+    if not unpack.exists():
+        raise unittest.SkipTest("no CIFAR-100 here")
+    subprocess.run([sys.executable, unpack, scratch() / "real"], check=True, capture_output=True)
+    return scratch() / "real"
+
+
+def make_run(name, *flags):
+    """Train (and leave unevaluated) a run of a few seconds; returns its directory."""
+    run_dir = scratch() / name
+    quietly(train.main, [*TINY, *flags, "--output-dir", str(run_dir)])
+    return run_dir
+
+
+@functools.cache
+def chain():
+    """Two synthetic runs, trained, evaluated, compared and explained through the scripts' main(); (run directories, output)."""
+    runs, printed = [scratch() / "baseline", scratch() / "smoothing0.1"], []
+    flags = "--dataset synthetic --device cpu --width 16 --limit 4000 --batch-size 100 --val-size 500 --epochs 3 --warmup-epochs 1 --lr 0.1".split()
+    for run_dir, smoothing in zip(runs, ("0", "0.1")):
+        printed.append(quietly(train.main, [*flags, "--smoothing", smoothing, "--output-dir", str(run_dir)])[1])
+    printed.append(quietly(evaluate.main, [*map(str, runs), "--device", "cpu"])[1])
+    printed.append(quietly(failures.main, [str(runs[0]), "--compare", str(runs[1]), "--threshold", "0.5"])[1])
+    printed.append(quietly(gradcam.main, [str(runs[0]), "--device", "cpu"])[1])
+    return runs, printed
+
+
+def copy_of_run(name, *without):
+    """A copy of the chain's baseline under another name, without some of its files."""
+    run_dir = scratch() / name
+    shutil.rmtree(run_dir, ignore_errors=True)
+    shutil.copytree(chain()[0][0], run_dir, ignore=shutil.ignore_patterns(*without) if without else None)
+    return run_dir
+
+
+def read_csv(path):
+    return list(csv.DictReader(io.StringIO(Path(path).read_text())))
+
+
+# ---- model -----------------------------------------------------------------------------------------------------------
+
+
+def test_model_equals_torchvision():
+    import torchvision
+
+    reference = torchvision.models.resnet18(num_classes=100)
+    reference.conv1 = torch.nn.Conv2d(3, 64, 3, padding=1, bias=False)
+    reference.maxpool = torch.nn.Identity()
+    model = resnet18()
+    assert sum(p.numel() for p in model.parameters()) == 11_220_132
+    reference.load_state_dict(model.state_dict())
+    images = torch.randn(4, 3, 32, 32)
+    for training in (True, False):  # in training mode first, so that the running statistics are not the initial ones
+        ours, theirs = model.train(training)(images), reference.train(training)(images)
+        assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-4), (ours - theirs).abs().max()
+
+
+def test_model_initial_scale():
+    """He initialisation: the variance of a convolution's weights is 2 / fan_out."""
+    weight = resnet18().layer4[1].conv2.weight
+    assert abs(weight.var().item() / (2 / (512 * 9)) - 1) < 0.01
+
+
+def test_model_learns_a_few_images():
+    torch.manual_seed(0)
+    model = resnet18(width=8)
+    optimizer = torch.optim.SGD(model.parameters(), 0.05, 0.9, nesterov=True)
+    images, labels = torch.randn(20, 3, 32, 32), torch.arange(20)
+    for _ in range(40):
+        loss = F.cross_entropy(model(images), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss.item() < 0.05, loss.item()
+
+
+# ---- data ------------------------------------------------------------------------------------------------------------
+
+
+def test_data_names_and_constants_are_the_official_ones():
+    folder = real_data() / "cifar-100-python"
+    meta, test = (pickle.loads((folder / name).read_bytes(), encoding="latin1") for name in ("meta", "test"))
+    assert data.CLASS_NAMES == meta["fine_label_names"]
+    assert list(data.SUPERCLASSES) == meta["coarse_label_names"]
+    assert (data.SUPERCLASS_OF[test["fine_labels"]] == test["coarse_labels"]).all()
+    images, labels = data.load_cifar100(folder)  # the folder itself, not its parent
+    assert images.shape == (50_000, 32, 32, 3) and images.dtype == torch.uint8 and labels.dtype == torch.int64
+    pixels = images.double() / 255
+    assert torch.allclose(pixels.mean((0, 1, 2)), torch.tensor(data.MEAN).double(), atol=5e-5)
+    assert torch.allclose(pixels.std((0, 1, 2)), torch.tensor(data.STD).double(), atol=5e-5)
+    images, labels = data.load_cifar100(folder.parent, train=False)
+    assert (images[7].permute(2, 0, 1).flatten().numpy() == test["data"][7]).all() and labels.tolist() == test["fine_labels"]
+
+
+def test_data_split_is_stratified_and_a_function_of_the_seed():
+    labels = data.load_synthetic()[1]
+    train_index, val_index = data.split_train_val(labels, 5000, 42)
+    assert len(train_index) == 45_000 and (torch.bincount(labels[val_index]) == 50).all()
+    assert torch.equal(torch.cat([train_index, val_index]).sort().values, torch.arange(50_000))
+    assert torch.equal(val_index, data.split_train_val(labels, 5000, 42)[1])
+    assert not torch.equal(val_index, data.split_train_val(labels, 5000, 43)[1])
+
+
+def test_data_augmentation_is_every_crop_and_flip_of_torchvision():
+    from torchvision.transforms import functional as TF
+
+    images = torch.randint(0, 256, (3, 32, 32, 3), dtype=torch.uint8)
+    cases = list(itertools.product(range(9), range(9), (False, True)))
+    offsets, flips = torch.tensor([case[:2] for case in cases]), torch.tensor([case[2] for case in cases])
+    index = torch.arange(len(cases)) % 3
+    batch = data.augment(data.pad(images), index, offsets, flips)
+    assert batch.shape == (162, 3, 32, 32) and batch.is_contiguous(memory_format=torch.channels_last)
+    for n, (row, column, flip) in enumerate(cases):
+        expected = TF.crop(TF.pad(images[index[n]].permute(2, 0, 1), 4), row, column, 32, 32)
+        expected = TF.normalize((TF.hflip(expected) if flip else expected) / 255, data.MEAN, data.STD)
+        assert torch.allclose(batch[n], expected, atol=1e-5), cases[n]
+
+
+def test_data_epoch_plan_draws_evenly_and_from_seed_and_epoch_alone():
+    order, offsets, flips = data.epoch_plan(42, 1, 45_000)
+    assert torch.equal(order.sort().values, torch.arange(45_000))
+    counts = torch.bincount(offsets[:, 0] * 9 + offsets[:, 1], minlength=81)
+    chi2 = ((counts - 45_000 / 81) ** 2 / (45_000 / 81)).sum().item()
+    assert 40 < chi2 < 140, chi2  # 80 degrees of freedom: 99.99 % of fair draws
+    assert abs(flips.double().mean().item() - 0.5) < 0.01
+    torch.rand(5), np.random.rand(5)  # nobody else's draws matter
+    assert torch.equal(order, data.epoch_plan(42, 1, 45_000)[0])
+    for seed, epoch in ((42, 2), (43, 1), (0, 1)):
+        assert not torch.equal(order, data.epoch_plan(seed, epoch, 45_000)[0])
+
+
+def test_data_synthetic_is_fast_balanced_and_fixed():
+    data.load_synthetic.cache_clear()
+    start = time.monotonic()
+    images, labels = data.load_synthetic(train=False)
+    assert time.monotonic() - start < 5
+    assert images.shape == (10_000, 32, 32, 3) and (torch.bincount(labels) == 100).all()
+    data.load_synthetic.cache_clear()
+    assert torch.equal(images, data.load_synthetic(train=False)[0])
+
+
+# ---- train -----------------------------------------------------------------------------------------------------------
+
+
+def test_train_lr_schedule():
+    lr = functools.partial(train.lr_at, total_steps=100, warmup_steps=10, peak=0.4)
+    assert lr(0) == 0.04 and lr(9) == 0.4 and lr(10) == 0.4
+    assert math.isclose(lr(55), 0.2) and 0 < lr(99) < 0.001
+    assert math.isclose(lr(32.5), 0.4 * 0.5 * (1 + math.sqrt(0.5)))
+    assert train.lr_at(0, 10, 0, 0.4) == 0.4
+
+
+def test_train_run_names():
+    for flags, name in (
+        ("", "baseline"),
+        ("--smoothing 0.1", "smoothing0.1"),
+        ("--seed 43", "baseline-seed43"),
+        ("--lr 0.1 --smoothing 0.1", "smoothing0.1-lr0.1"),
+        ("--smoothing 0.1 --weight-decay 1e-3 --epochs 6", "smoothing0.1-epochs6-weight-decay0.001"),
+        ("--dataset synthetic --limit 500 --deterministic", "synthetic-baseline-limit500-deterministic"),
+        ("--data-dir elsewhere --device cpu --resume", "baseline"),
+    ):
+        assert train.parse_args(flags.split()).output_dir == str(Path("runs") / name), flags
+
+
+def test_train_precision():
+    cpu, fake = torch.device("cpu"), torch.cuda.get_device_capability
+    assert train.select_precision("off", cpu)[0] is None
+    refused(lambda argv: train.select_precision("fp16", cpu), [], 2, "--amp fp16")
+    try:
+        for capability, dtype in (((7, 5), torch.float16), ((6, 0), torch.float16), ((8, 0), torch.bfloat16), ((9, 0), torch.bfloat16)):
+            torch.cuda.get_device_capability = lambda device: capability
+            assert train.select_precision("auto", torch.device("cuda:0"))[0] is dtype
+    finally:
+        torch.cuda.get_device_capability = fake
+
+
+def tensors_and_log(run_dir):
+    """All that must agree between two runs that are the same: checkpoints but for the clock, and the log but for the clock."""
+    clock = ("seconds", "images_per_second")
+    found = {}
+    for name in ("last.pt", "best.pt"):
+        checkpoint = utils.load_checkpoint(run_dir / name)
+        for row in checkpoint.get("history", []):
+            for key in clock:
+                row.pop(key)
+        checkpoint["args"] = {key: value for key, value in checkpoint["args"].items() if key not in train.PLACES}
+        found[name] = checkpoint
+    found["log.csv"] = [{key: value for key, value in row.items() if key not in clock} for row in read_csv(run_dir / "log.csv")]
+    return found
+
+
+def equal(a, b):
+    """Whether two nested structures are the same, tensors bit for bit."""
+    if isinstance(a, torch.Tensor):
+        return isinstance(b, torch.Tensor) and a.dtype == b.dtype and a.shape == b.shape and a.numpy().tobytes() == b.numpy().tobytes()
+    if isinstance(a, dict):
+        return isinstance(b, dict) and a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(equal, a, b))
+    return a == b
+
+
+@functools.cache
+def straight_run():
+    return make_run("straight")
+
+
+class Killed(BaseException):
+    """What no `except Exception` stops, like a kill."""
+
+
+@contextlib.contextmanager
+def killed_at(call, moment):
+    """Die just before or after the call-th time that a file is moved into place.
+
+    A run moves config.json, and in each epoch best.pt (if it is better), last.pt and log.csv, in this order.
+    """
+    calls, replace = [], os.replace
+
+    def fatal(*paths):
+        calls.append(paths)
+        if len(calls) == call and moment == "before":
+            raise Killed
+        replace(*paths)
+        if len(calls) == call:
+            raise Killed
+
+    os.replace = fatal
+    try:
+        yield
+    finally:
+        os.replace = replace
+
+
+def test_train_resume_is_the_same_run_bit_for_bit():
+    """Killed where it hurts, before and after each file is moved into place, again and again in one run; then continued."""
+    for name, kills in (("a", [(2, "before"), (2, "after"), (3, "after")]), ("b", [(3, "before"), (4, "before"), (3, "before"), (3, "after")])):
+        run_dir, argv = scratch() / f"killed {name}", [*TINY, "--output-dir", str(scratch() / f"killed {name}"), "--resume"]
+        for call, moment in kills:
+            try:
+                with killed_at(call, moment):
+                    quietly(train.main, argv)
+                raise AssertionError(f"{call} {moment} was not reached")
+            except Killed:
+                pass
+            for checkpoint in run_dir.glob("*.pt"):
+                utils.load_checkpoint(checkpoint)  # the old one or the new one, never half of one
+        quietly(train.main, argv)
+        assert equal(tensors_and_log(run_dir), tensors_and_log(straight_run())), name
+
+
+def test_train_resume_after_a_real_kill():
+    run_dir = scratch() / "really killed"
+    program = "import os, train; plan = train.epoch_plan; train.epoch_plan = lambda s, epoch, n: os._exit(9) if epoch == 3 else plan(s, epoch, n); train.main()"
+    assert script("-c", program, *TINY, "--output-dir", run_dir).returncode == 9
+    (run_dir / ".best.pt.123.partial").write_text("left behind by a kill while writing")
+    _, printed = quietly(train.main, [*TINY, "--output-dir", str(run_dir), "--resume"])
+    assert "resuming after epoch 2" in printed and "warning" not in printed, printed
+    assert equal(tensors_and_log(run_dir), tensors_and_log(straight_run()))
+    assert not list(run_dir.glob(".*.partial"))
+
+
+def test_train_resume_comparison_notices_a_lost_momentum():
+    """The negative control of the test above."""
+    interrupted = interrupted_run("no momentum", epoch=2)
+    checkpoint = utils.load_checkpoint(interrupted / "last.pt")
+    checkpoint["optimizer"]["state"] = {}
+    train.save_checkpoint(interrupted / "last.pt", checkpoint)
+    quietly(train.main, [*TINY, "--output-dir", str(interrupted), "--resume"])
+    assert not equal(tensors_and_log(interrupted), tensors_and_log(straight_run()))
+
+
+def interrupted_run(name, epoch, *flags):
+    """A run that Ctrl-C stopped in this epoch."""
+    run_dir, plan = scratch() / name, train.epoch_plan
+
+    def stop(seed, number, n):
+        if number == epoch:
+            raise KeyboardInterrupt
+        return plan(seed, number, n)
+
+    train.epoch_plan = stop
+    try:
+        refused(train.main, [*TINY, *flags, "--output-dir", run_dir], 130, f"stopped in epoch {epoch}", "--resume" if epoch > 1 else "nothing")
+    finally:
+        train.epoch_plan = plan
+    return run_dir
+
+
+def test_train_resume_says_what_it_does():
+    run_dir = interrupted_run("says", 2)
+    refused(train.main, [*TINY, "--output-dir", run_dir], 2, "--resume", "already holds a run")
+    for flag, value, old in (("--lr", "0.2", "0.1"), ("--seed", "1", "42"), ("--epochs", "4", "3"), ("--smoothing", "0.1", "0.0"), ("--amp", "off", "auto")):
+        refused(train.main, [*TINY, flag, value, "--output-dir", run_dir, "--resume"], 2, flag, value, old)
+    _, printed = quietly(train.main, [*TINY, "--output-dir", str(run_dir), "--resume"])
+    assert "resuming after epoch 1" in printed and equal(tensors_and_log(run_dir), tensors_and_log(straight_run()))
+    _, printed = quietly(train.main, [*TINY, "--output-dir", str(run_dir), "--resume"])
+    assert "already finished after epoch 3" in printed
+    _, printed = quietly(train.main, [*TINY, "--epochs", "2", "--output-dir", str(scratch() / "new"), "--resume"])
+    assert "nothing to resume" in printed and (scratch() / "new/best.pt").exists()
+
+
+def test_train_stops_early_and_keeps_the_best():
+    run_dir = make_run("early", "--epochs", "30", "--patience", "2", "--lr", "1e-9")  # nothing is learnt
+    log, best, last = read_csv(run_dir / "log.csv"), utils.load_checkpoint(run_dir / "best.pt"), utils.load_checkpoint(run_dir / "last.pt")
+    accuracies = [float(row["val_acc"]) for row in log]
+    assert len(log) < 30 and best["epoch"] == len(log) - 2 == last["best_epoch"]
+    assert best["val_acc"] == max(accuracies) == accuracies[best["epoch"] - 1]
+
+
+def test_train_divergence_is_one_line_and_keeps_the_checkpoint():
+    refused(train.main, [*TINY, "--lr", "1e30", "--momentum", "0.99", "--output-dir", scratch() / "diverged"], 1, "diverged", "--lr")
+
+
+# ---- metrics ---------------------------------------------------------------------------------------------------------
+
+
+def test_metrics_macro_scores_by_hand():
+    confusion = utils.confusion_matrix([0, 0, 0, 0, 1, 1, 2, 2], [0, 0, 1, 0, 1, 0, 0, 1], 3)
+    assert confusion.tolist() == [[3, 1, 0], [1, 1, 0], [1, 1, 0]]
+    precision, recall, f1 = utils.macro_scores(confusion)  # class 2 is never predicted: 0/0 counts as 0
+    assert math.isclose(precision, (3 / 5 + 1 / 3 + 0) / 3) and math.isclose(recall, (3 / 4 + 1 / 2 + 0) / 3)
+    assert math.isclose(f1, (6 / 9 + 2 / 5 + 0) / 3)
+    try:
+        utils.macro_scores(np.zeros((2, 3)))
+    except ValueError as error:
+        assert "square" in str(error)
+    else:
+        raise AssertionError("a matrix that is not square was accepted")
+
+
+def random_case(n=400, seed=0, spread=3.0):
+    """(logits (n, 100), labels) with about half of them right; confidences rounded so that there are ties."""
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, 100, n)
+    logits = rng.normal(size=(n, 100)) + spread * (np.arange(100) == labels[:, None])
+    return logits.round(1), labels
+
+
+def test_metrics_against_loops():
+    logits, labels = random_case()
+    scores = evaluate.image_scores(logits, labels)
+    for i in range(len(labels)):
+        weights = [math.exp(z) for z in logits[i]]
+        probs = [w / math.fsum(weights) for w in weights]
+        assert math.isclose(scores["confidence"][i], max(probs)) and math.isclose(scores["nll"][i], -math.log(probs[labels[i]]))
+        brier = math.fsum((p - (k == labels[i])) ** 2 for k, p in enumerate(probs))
+        assert math.isclose(scores["brier"][i], brier)
+        ranked = sorted(range(100), key=lambda k: (-logits[i, k], k))
+        assert scores["pred"][i] == ranked[0] and scores["top5"][i] == (labels[i] in ranked[:5])
+
+    confidence, correct = scores["confidence"].round(2), scores["correct"]
+    ece = 0
+    for b in range(15):
+        inside = [i for i in range(len(labels)) if b / 15 < confidence[i] <= (b + 1) / 15]
+        if inside:
+            ece += len(inside) / len(labels) * abs(sum(correct[inside]) / len(inside) - sum(confidence[inside]) / len(inside))
+    assert math.isclose(utils.calibration_error(confidence, correct), ece, rel_tol=1e-9)
+    assert utils.calibration_bins(np.array([1e-9, 1 / 15, 0.0667, 1.0])).tolist() == [0, 0, 1, 14]
+
+    pairs = [(a > b) + (a == b) / 2 for a in confidence[correct] for b in confidence[~correct]]
+    assert math.isclose(evaluate.failure_auroc(confidence, correct), sum(pairs) / len(pairs))
+    assert evaluate.failure_auroc(confidence[correct], correct[correct]) is None
+
+    rng, areas = np.random.default_rng(1), []
+    for _ in range(2000):  # ties: the mean over random orders
+        order = np.lexsort((rng.random(len(labels)), -confidence))
+        areas.append((np.cumsum(~correct[order]) / np.arange(1, len(labels) + 1)).mean())
+    assert abs(evaluate.area_under_risk_coverage(confidence, correct) - np.mean(areas)) < 4 * np.std(areas) / math.sqrt(2000)
+    assert evaluate.area_under_risk_coverage(np.array([0.9, 0.8, 0.7]), np.array([True, False, True])) == (0 + 1 / 2 + 1 / 3) / 3
+
+
+def test_metrics_temperature_is_where_the_derivative_vanishes():
+    logits, labels = random_case(2000)
+    for factor in (1, 3, 0.2):
+        temperature = evaluate.fit_temperature(logits * factor, labels)
+        nll = lambda t: -utils.log_softmax(logits * factor / t)[np.arange(2000), labels].mean()  # noqa: E731
+        assert abs(nll(temperature * 1.0001) - nll(temperature * 0.9999)) < 1e-7
+        assert nll(temperature) < min(nll(temperature * 1.01), nll(temperature * 0.99))
+        assert math.isclose(temperature / factor, evaluate.fit_temperature(logits, labels), rel_tol=1e-6)
+
+
+def test_metrics_intervals():
+    low, high = evaluate.wilson_interval(np.array([0, 5, 10]), np.array([10, 10, 10]))
+    assert np.allclose(low, [0, 0.2366, 0.7225], atol=1e-4) and np.allclose(high, [0.2775, 0.7634, 1], atol=1e-4)  # Newcombe 1998
+    rng = np.random.default_rng(0)
+    labels = np.arange(10_000) % 100
+    pred = np.where(rng.random(10_000) < 0.7, labels, (labels + 1) % 100)
+    logits = 5.0 * (np.arange(100) == pred[:, None])
+    intervals = evaluate.bootstrap_intervals(evaluate.image_scores(logits, labels), labels)
+    low, high = intervals["accuracy"]
+    accuracy = (pred == labels).mean()
+    assert low < accuracy < high and abs((high - low) / (2 * 1.96 * math.sqrt(accuracy * (1 - accuracy) / 10_000)) - 1) < 0.1
+    assert np.allclose(intervals["macro_recall"], intervals["accuracy"])  # equally many images of each class
+    assert 0.0 <= intervals["errors_within_superclass"][0] <= intervals["errors_within_superclass"][1] <= 1.0
+
+
+def test_metrics_null_calibration_error_is_what_a_calibrated_model_shows():
+    rng = np.random.default_rng(3)
+    confidence = rng.uniform(0.5, 1, 5000)
+    own = [utils.calibration_error(confidence, rng.random(5000) < confidence) for _ in range(50)]
+    assert abs(evaluate.null_calibration_error(confidence) - np.mean(own)) < 5 * np.std(own) / math.sqrt(50)
+
+
+def test_metrics_extremes():
+    """All right, all wrong, one image: no division by zero, no warning, no NaN in metrics.json."""
+    logits, labels = 20.0 * np.eye(100), np.arange(100)
+    with np.errstate(all="raise", under="ignore"):
+        perfect = evaluate.compute_metrics(logits, labels, logits, labels)[0]
+        hopeless = evaluate.compute_metrics(logits, (labels + 1) % 100, logits, labels)[0]
+        single = evaluate.compute_metrics(logits[:1], labels[:1], logits, labels)[0]
+    assert perfect["accuracy"] == 1 == perfect["macro_f1"] and perfect["errors_within_superclass"] is None is perfect["auroc_failure"]
+    assert hopeless["accuracy"] == 0 == hopeless["macro_f1"] and hopeless["aurc"] == 1 == hopeless["confident_errors"]
+    assert single["images"] == 1 and single["macro_recall"] == 0.01
+    for metrics in (perfect, hopeless, single):
+        assert "NaN" not in json.dumps(metrics) and "Infinity" not in json.dumps(metrics)
+
+
+# ---- Grad-CAM --------------------------------------------------------------------------------------------------------
+
+
+def trained_like(width=8):
+    """A random network whose batch norms have seen data, and images for it."""
+    torch.manual_seed(1)
+    model, images = resnet18(width=width), torch.randn(6, 3, 32, 32)
+    for _ in range(3):
+        model(torch.randn(32, 3, 32, 32))
+    return model.eval(), images
+
+
+def test_gradcam_identities_at_layer4():
+    """Under a pooled linear head the map is classic CAM / (h w), and its sum plus the bias is the logit."""
+    model, images = trained_like()
+    targets = torch.tensor([0, 5, 5, 99, 42, 17])
+    maps = gradcam.grad_cam(model, images, targets)
+    features = {}
+    handle = model.layer4.register_forward_hook(lambda module, inputs, output: features.update(out=output))
+    with torch.no_grad():
+        logits = model(images)
+    handle.remove()
+    assert maps.shape == (6, 4, 4) and maps.dtype == torch.float32 and (maps < 0).any()
+    cam = torch.einsum("nk,nkhw->nhw", model.fc.weight[targets], features["out"]) / 16
+    assert torch.allclose(maps, cam, rtol=1e-5, atol=1e-6)
+    chosen = logits[torch.arange(6), targets]
+    assert torch.allclose(maps.sum((1, 2)) + model.fc.bias[targets], chosen, rtol=1e-5, atol=1e-5)
+
+
+def test_gradcam_at_other_layers_follows_the_definition():
+    """alpha from numerical derivatives of the logit, in float64, channel by channel."""
+    model, images = trained_like(width=4)
+    tail = torch.nn.Sequential(model.layer4)
+    with torch.no_grad():
+        x = F.relu(model.bn1(model.conv1(images[:1])))
+        activations = model.layer3(model.layer2(model.layer1(x))).double()
+        tail, head = tail.double(), model.fc.double()
+        step, alpha = 1e-6, []
+        for k in range(activations.shape[1]):
+            shifted = [activations.clone() for _ in range(2)]
+            shifted[0][0, k] += step
+            shifted[1][0, k] -= step
+            up, down = (head(tail(a).mean((2, 3)))[0, 7] for a in shifted)
+            alpha.append((up - down) / (2 * step) / activations[0, k].numel())  # all cells moved together: the sum of d y / d A
+        expected = torch.einsum("k,khw->hw", torch.stack(alpha), activations[0])
+    model.float()
+    ours = gradcam.grad_cam(model, images[:1], torch.tensor([7]), "layer3")[0]
+    assert ours.shape == (8, 8) and torch.allclose(ours, expected.float(), rtol=1e-3, atol=1e-5)
+
+
+def test_gradcam_batch_modes_and_traces():
+    model, images = trained_like()
+    targets = torch.arange(6)
+    for layer in ("layer4", "layer3", "layer2.0", "conv1", "layer4.1.conv2"):
+        together = gradcam.grad_cam(model, images, targets, layer)
+        single = torch.cat([gradcam.grad_cam(model, images[n : n + 1], targets[n : n + 1], layer) for n in range(6)])
+        assert torch.allclose(together, single, rtol=1e-3, atol=1e-6), layer
+    maps = gradcam.grad_cam(model, images, targets)
+    model.train()
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert torch.allclose(gradcam.grad_cam(model, images, targets), maps, atol=1e-6)
+    assert model.training and all(p.grad is None for p in model.parameters())
+    assert not any(module._forward_hooks or module._backward_hooks for module in model.modules())
+    for layer, word in (("layer5", "no layer"), ("fc", "no spatial map"), ("", "no spatial map")):
+        try:
+            gradcam.grad_cam(model, images, targets, layer)
+        except ValueError as error:
+            assert word in str(error)
+        else:
+            raise AssertionError(layer)
+        assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_gradcam_with_a_relu_in_place_after_the_layer():
+    torch.manual_seed(0)
+    conv, fc = torch.nn.Conv2d(3, 5, 3, padding=1), torch.nn.Linear(5, 100)
+    images, targets = torch.randn(2, 3, 8, 8), torch.tensor([1, 2])
+    in_place, plain = (torch.nn.Sequential(conv, torch.nn.ReLU(flag), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), fc) for flag in (True, False))
+    assert torch.equal(gradcam.grad_cam(in_place, images, targets, "0"), gradcam.grad_cam(plain, images, targets, "0"))
+
+
+def test_gradcam_border_energy():
+    maps = torch.zeros(4, 8, 8)
+    maps[0] = 1
+    maps[1, 3:5, 3:5] = 1
+    maps[2, 0, 0] = 1
+    energy = gradcam.border_energy(maps)
+    assert math.isclose(energy[0], 0.4375, rel_tol=1e-5) and energy[1] == 0 and energy[2] > 0.8 and energy[3].isnan()
+    maps[0, 4, 4] = -5  # negative cells do not count
+    assert gradcam.border_energy(maps)[0] > 0.4375
+
+
+def test_gradcam_reads_any_image():
+    from PIL import Image
+
+    rng = np.random.default_rng(0)
+    rgb = Image.fromarray(rng.integers(0, 256, (40, 60, 3), dtype=np.uint8))
+    rotated, exif = rgb.copy(), Image.Exif()
+    exif[0x0112] = 6
+    clear = Image.new("RGBA", (32, 32), (255, 0, 0, 0))
+    wide = Image.fromarray(np.linspace(1000, 60_000, 32 * 32).astype(np.uint16).reshape(32, 32))
+    cases = {
+        "rgb.png": (rgb, {}, "central square and resized from 60x40"),
+        "gray.png": (rgb.convert("L"), {}, "converted from L"),
+        "palette.gif": (rgb.convert("P"), {}, "converted from P"),
+        "cmyk.jpg": (rgb.convert("CMYK"), {}, "converted from CMYK"),
+        "rotated.jpg": (rotated, {"exif": exif}, "upright"),
+        "clear.png": (clear, {}, "transparency"),
+        "wide.png": (wide, {}, "1000..60000"),
+        "frames.gif": (rgb, {"save_all": True, "append_images": [rgb.rotate(90)]}, "first of 2 frames"),
+        "dot.png": (Image.new("RGB", (1, 1), (9, 9, 9)), {}, "resized from 1x1"),
+        "exact.png": (rgb.crop((0, 0, 32, 32)), {}, ""),
+    }
+    for name, (image, options, word) in cases.items():
+        image.save(scratch() / name, **options)
+        pixels, done = gradcam.read_image(scratch() / name)
+        assert pixels.shape == (32, 32, 3) and pixels.dtype == np.uint8 and word in ", ".join(done), (name, done)
+        assert word or not done
+    assert (gradcam.read_image(scratch() / "clear.png")[0] == 255).all()  # white, not the hidden red
+    values = gradcam.read_image(scratch() / "wide.png")[0][..., 0]
+    assert values[0, 0] == 0 and values[-1, -1] == 255 and 100 < values[16, 0] < 156  # not clipped to white
+    assert gradcam.read_image(scratch() / "rotated.jpg")[1][1].endswith("40x60 to 32x32")
+
+
+# ---- the chain -------------------------------------------------------------------------------------------------------
+
+
+def test_chain_learns_and_writes_everything():
+    (baseline, smoothed), printed = chain()
+    log = read_csv(baseline / "log.csv")
+    assert list(log[0]) == train.COLUMNS and [row["epoch"] for row in log] == ["1", "2", "3"]
+    assert math.isclose(float(log[0]["lr"]), 0.1)  # the end of the warmup
+    wanted = "config.json log.csv curves.png last.pt best.pt metrics.json confusion.npy confusion.png per_class.csv per_class.png reliability.png"
+    for name in (*wanted.split(), *evaluate.ARRAYS):
+        assert (baseline / name).exists() and (smoothed / name).exists(), name
+    for name in ("failures.csv", "failures.png", "gradcam.csv", "gradcam.png"):
+        assert (baseline / name).exists(), name
+    metrics, config = (json.loads((baseline / name).read_text()) for name in ("metrics.json", "config.json"))
+    assert 0.05 < 1 - metrics["accuracy"] < 0.5, metrics["accuracy"]  # learnt, and left something to fail at
+    assert config["dataset"] == "synthetic" and config["finished"] and config["threads"] == torch.get_num_threads()
+    assert all("SYNTHETIC" in text for text in printed[:4]) and "next: python evaluate.py" in printed[0]
+    assert "published study" in printed[2] and "65.96" in printed[2]
+    wanted = (
+        "accuracy macro_precision macro_recall macro_f1 top5_accuracy nll brier ece ece_null mean_confidence signed_gap aurc auroc_failure "
+        "temperature nll_scaled ece_scaled superclass_accuracy errors_within_superclass confident_errors ci95"
+    )
+    assert set(wanted.split()) <= set(metrics)
+    for name, (low, high) in metrics["ci95"].items():
+        assert low <= metrics[name] <= high, name
+
+
+def test_chain_keeps_row_order_and_agrees_with_itself():
+    baseline = chain()[0][0]
+    logits, labels, confusion = (np.load(baseline / name) for name in ("test_logits.npy", "test_labels.npy", "confusion.npy"))
+    assert logits.shape == (10_000, 100) and logits.dtype == np.float32 and labels.dtype == np.int64
+    images, true_labels = data.load_synthetic(train=False)
+    assert (labels == true_labels.numpy()).all()
+    checkpoint = utils.load_checkpoint(baseline / "best.pt")
+    model = resnet18(width=16)
+    model.load_state_dict(checkpoint["model"])
+    some = [0, 1, 4_999, 9_999]
+    with torch.no_grad():
+        mean, std = (torch.tensor(values)[:, None, None] for values in (data.MEAN, data.STD))
+        direct = torch.cat([model.eval()(((images[i].permute(2, 0, 1) / 255 - mean) / std)[None]) for i in some])
+    assert np.allclose(direct, logits[some], atol=1e-3)
+    metrics = json.loads((baseline / "metrics.json").read_text())
+    assert math.isclose(np.trace(confusion) / confusion.sum(), metrics["accuracy"]) and confusion.sum() == 10_000
+    assert math.isclose((logits.argmax(1) == labels).mean(), metrics["accuracy"])
+    rows = read_csv(baseline / "per_class.csv")
+    assert math.isclose(np.mean([float(row["accuracy"]) for row in rows]), metrics["macro_recall"])
+    assert math.isclose(np.mean([float(row["f1"]) for row in rows]), metrics["macro_f1"])
+    # bf16 or float32, the validation accuracy of training is that of evaluation, give or take a few images
+    val_logits, val_labels = np.load(baseline / "val_logits.npy"), np.load(baseline / "val_labels.npy")
+    assert len(val_labels) == 500 and abs((val_logits.argmax(1) == val_labels).mean() - checkpoint["val_acc"]) < 0.02
+
+
+def test_chain_failures():
+    (baseline, smoothed), printed = chain()
+    rows = read_csv(baseline / "failures.csv")
+    assert list(rows[0])[:6] == "index,true,predicted,confidence,true_probability,same_superclass".split(",")
+    probs, labels = np.exp(utils.log_softmax(np.load(baseline / "test_logits.npy"))), np.load(baseline / "test_labels.npy")
+    other = np.load(smoothed / "test_logits.npy").argmax(1)
+    expected = sorted((-probs[i].max(), i) for i in range(10_000) if probs[i].argmax() != labels[i] and probs[i].max() > 0.5)
+    assert [int(row["index"]) for row in rows] == [i for _, i in expected] and len(rows) > 10
+    for row in rows[:20]:
+        i = int(row["index"])
+        assert row["true"] == f"synthetic_{labels[i]:02d}" and math.isclose(float(row["true_probability"]), probs[i, labels[i]])
+        fate = "repaired" if other[i] == labels[i] else "same wrong class" if other[i] == probs[i].argmax() else "new wrong class"
+        assert row["outcome"] == fate
+    assert sum(row["representative"] == "1" for row in rows) == 3 and rows[0]["representative"] == "1"
+    assert f"{len(rows):,} of them with confidence above 0.5" in printed[3]
+
+
+def test_chain_failures_representative_rule():
+    labels, preds = np.arange(10), np.array([1, 1, 1, 1, 1, 2, 2, 2, 2, 2])
+    pick = failures.representative
+    assert pick(np.arange(10), preds, labels, 3) == [0, 4, 9]
+    assert pick(np.arange(10), preds, labels, 1) == [0]
+    same = np.zeros(10, int)  # every failure of one pair: only one of them is shown
+    assert pick(np.arange(10), same, same, 3) == [0] and pick(np.arange(0), preds, labels, 3) == []
+
+
+def test_chain_gradcam():
+    baseline = chain()[0][0]
+    failed, explained = read_csv(baseline / "failures.csv"), read_csv(baseline / "gradcam.csv")
+    assert [row["image"] for row in explained] == [f"image {row['index']}" for row in failed]
+    logits, bias = np.load(baseline / "test_logits.npy"), utils.load_checkpoint(baseline / "best.pt")["model"]["fc.bias"].numpy()
+    for row, failure in zip(explained[:20], failed):
+        target = int(row["target"][-2:])  # the sum over the cells is the logit without its bias, through the whole chain
+        assert math.isclose(float(row["map_sum"]) + bias[target], logits[int(failure["index"]), target], abs_tol=1e-3)
+    run_dir = copy_of_run("explained", "last.pt")
+    rows, printed = quietly(gradcam.main, [str(run_dir), "--index", "3", "3", "141", "--layer", "layer3", "--target", "synthetic_07"])
+    assert len(rows) == 2 and rows[0]["target"] == "synthetic_07" and "8x8 cells at layer3" in printed
+    from PIL import Image
+
+    Image.new("L", (50, 40), 99).save(scratch() / "gray.png")
+    rows, printed = quietly(gradcam.main, [str(run_dir), "--image", str(scratch() / "gray.png")])
+    assert len(rows) == 1 and rows[0]["true"] == "" and "converted from L" in printed
+
+
+def test_chain_evaluates_again_without_checkpoint_and_data():
+    run_dir = copy_of_run("logits only", "*.pt", "*.png", "failures.csv")
+    for name in ("test_logits.npy", "val_logits.npy"):
+        utils.write_array(run_dir / name, np.load(run_dir / name).astype(np.float16))
+    (run_dir / "metrics.json").unlink()
+    data.load_synthetic.cache_clear()
+    before, load = json.loads((chain()[0][0] / "metrics.json").read_text()), evaluate.load_dataset
+    evaluate.load_dataset = None  # any use of it would raise
+    try:
+        metrics = quietly(evaluate.main, [str(run_dir)])[0][str(run_dir)]
+    finally:
+        evaluate.load_dataset = load
+    assert abs(metrics["accuracy"] - before["accuracy"]) < 0.001 and abs(metrics["nll"] - before["nll"]) < 0.001
+    assert (run_dir / "confusion.png").exists()
+
+
+def test_chain_evaluates_anew_when_the_checkpoint_has_changed():
+    run_dir = copy_of_run("changed", "last.pt", "*.png")
+    shutil.copy(chain()[0][1] / "best.pt", run_dir / "best.pt")
+    assert evaluate.logits_are_current(chain()[0][0]) and not evaluate.logits_are_current(run_dir)
+    _, printed = quietly(evaluate.main, [str(run_dir)])
+    assert "logits of best.pt" in printed and evaluate.logits_are_current(run_dir)
+    assert (np.load(run_dir / "test_logits.npy") == np.load(chain()[0][1] / "test_logits.npy")).all()
+
+
+# ---- runner ----------------------------------------------------------------------------------------------------------
+
+
+def run_tests(patterns, long):
+    tests = [f for name, f in globals().items() if name.startswith(("test_", "long_test_") if long else "test_")]
+    tests = [f for f in tests if not patterns or any(pattern in f.__name__ for pattern in patterns)]
+    counts = {"passed": 0, "failed": 0, "skipped": 0}
+    for test in tests:
+        start = time.monotonic()
+        try:
+            test()
+            outcome, note = "passed", ""
+        except unittest.SkipTest as reason:
+            outcome, note = "skipped", f": {reason}"
+        except Exception:
+            outcome, note = "failed", "\n" + traceback.format_exc()
+        counts[outcome] += 1
+        print(f"{outcome:7} {time.monotonic() - start:6.1f} s  {test.__name__}{note}", flush=True)
+    print(f"{counts['passed']} passed, {counts['failed']} failed, {counts['skipped']} skipped")
+    return 1 if counts["failed"] or not tests else 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_tests([a for a in sys.argv[1:] if a != "--long"], "--long" in sys.argv))
