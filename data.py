@@ -72,7 +72,10 @@ def load_cifar100(data_dir="data", train=True, url=None):
     url: where to get the archive; any byte-identical copy will do, since torchvision compares MD5 sums before it unpacks or
     unpickles anything. Raises ScriptError, code 1 if the download fails, 2 if the files are not the official ones.
     """
-    import torchvision  # here, because a version that does not match torch's fails on import
+    try:
+        import torchvision  # here, because only CIFAR-100 needs it
+    except (ImportError, RuntimeError) as error:
+        raise ScriptError(f"torchvision does not go with torch {torch.__version__} ({error}); pip install -r requirements.txt in a fresh environment") from None
 
     data_dir = Path(data_dir).expanduser().resolve()
     folder = data_dir if (data_dir / "train").exists() else data_dir / "cifar-100-python"
@@ -94,11 +97,11 @@ def load_cifar100(data_dir="data", train=True, url=None):
 
 def download(cifar100, data_dir):
     """Fetch and unpack the archive (161 MB) into data_dir, with a time-out that torchvision does not set."""
-    if data_dir.is_file():
-        raise ScriptError(f"--data-dir {data_dir} is a file; name the folder that holds cifar-100-python")
+    if data_dir.is_file() or (data_dir / "batches.meta").exists():
+        raise ScriptError(f"--data-dir {data_dir} is a file, or CIFAR-10; name the folder that holds cifar-100-python")
     print(f"downloading {cifar100.url} to {data_dir}: 161 MB, and its server can take an hour", flush=True)
     before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(30)  # seconds without a single byte
+    socket.setdefaulttimeout(20)  # seconds without a single byte
     try:
         cifar100(data_dir, train=False, download=True)
     except (OSError, RuntimeError, ValueError, EOFError, tarfile.TarError) as error:

@@ -31,19 +31,18 @@ NAMES = {"cifar100": "CIFAR-100 test set", "synthetic": "SYNTHETIC test set"}  #
 # ---- logits ----------------------------------------------------------------------------------------------------------
 
 
-def compute_logits(run_dir, args, config):
+def compute_logits(run_dir, config, data_dir, device):
     """Run best.pt over the test and the validation images in float32; save logits and labels."""
     checkpoint = utils.load_checkpoint(run_dir / "best.pt")
     trained = checkpoint["args"]
-    device = utils.select_device(args.device)
     torch.backends.cudnn.allow_tf32 = False  # else an Ampere GPU keeps 10 of float32's 23 mantissa bits
     model = resnet18(width=trained["width"])
     utils.load_weights(model, checkpoint["model"], run_dir / "best.pt")
     model.to(device, memory_format=torch.channels_last)
 
-    images, labels = load_dataset(config["dataset"], args.data_dir, train=True)
+    images, labels = load_dataset(config["dataset"], data_dir, train=True)
     _, val_index = split_train_val(labels, trained["val_size"], trained["seed"])
-    splits = {"val": (images[val_index], labels[val_index]), "test": load_dataset(config["dataset"], args.data_dir, train=False)}
+    splits = {"val": (images[val_index], labels[val_index]), "test": load_dataset(config["dataset"], data_dir, train=False)}
     unfinished = "" if config.get("finished") else "; the run is not finished, this is its best epoch so far"
     print(f"{run_dir}: logits of best.pt, epoch {checkpoint['epoch']}, on {utils.device_name(device)}, float32{unfinished}", flush=True)
     (run_dir / "metrics.json").unlink(missing_ok=True)  # it describes the files that are replaced now
@@ -335,13 +334,13 @@ def print_table(results):
     )
 
 
-def evaluate(run_dir, args):
+def evaluate(run_dir, args, device):
     """Everything for one run; returns its metrics."""
     config = utils.read_config(run_dir)
     if args.dataset not in (None, config["dataset"]):
         raise ScriptError(f"{run_dir} was trained on {config['dataset']}, not on --dataset {args.dataset}; leave the flag out")
     if args.refresh or not logits_are_current(run_dir):
-        compute_logits(run_dir, args, config)
+        compute_logits(run_dir, config, args.data_dir, device)
     logits, labels = utils.load_logits(run_dir, "test")
     metrics, scores = compute_metrics(logits, labels, *utils.load_logits(run_dir, "val"))
     metrics["sha256"] = {name: utils.sha256(run_dir / name) for name in ("best.pt", *ARRAYS) if (run_dir / name).exists()}
@@ -374,8 +373,9 @@ def main(argv=None):
     parser.add_argument("--refresh", action="store_true", help="compute the logits again although they are there")
     utils.add_common_flags(parser)
     args = parser.parse_args(argv)
+    device = utils.select_device(args.device)
     runs = [Path(run).expanduser() for run in args.runs]
-    results = {str(run_dir): evaluate(run_dir, args) for run_dir in runs}
+    results = {str(run_dir): evaluate(run_dir, args, device) for run_dir in runs}
     print_table(results)
     print(f"next: python failures.py {shlex.quote(str(runs[0]))}" + "".join(f" --compare {shlex.quote(str(run))}" for run in runs[1:2]))
     return results

@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 
 import utils
-from data import CLASS_NAMES, class_names, load_dataset, normalize
+from data import class_names, load_dataset, normalize
 from model import resnet18
 from utils import ScriptError
 
@@ -98,12 +98,15 @@ def read_image(path):
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path) as image:
+                image.verify()  # the CRC sums of a PNG, which load() skips
             image = Image.open(path)
             if getattr(image, "n_frames", 1) > 1:
                 done.append(f"first of {image.n_frames} frames")
             image.load()
     except Exception as error:  # Pillow's plugins raise OSError, SyntaxError, ValueError, struct.error...
-        raise ScriptError(f"--image {path} is not a readable picture ({str(error) or type(error).__name__}); use PNG or JPEG") from None
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ScriptError(f"--image {path} is not a readable picture ({reason}); use PNG or JPEG") from None
     upright = ImageOps.exif_transpose(image)
     if upright.size != image.size or upright.tobytes() != image.tobytes():
         done.append("turned upright by its EXIF tag")
@@ -141,9 +144,11 @@ def read_failures(run_dir):
     """The rows of failures.csv as dicts of strings."""
     path, made_by = run_dir / "failures.csv", f"python failures.py {run_dir}"
     try:
-        rows = list(csv.DictReader(io.StringIO(path.read_text())))
+        reader = csv.DictReader(io.StringIO(path.read_text()))
+        rows = list(reader)
         indices = [int(row["index"]) for row in rows]
         sound = len(set(indices)) == len(indices) and all(0 <= i < 10_000 for i in indices)
+        sound = sound and {"index", "predicted", "representative"} <= set(reader.fieldnames or ())
         sound = sound and all(row["representative"] in ("0", "1") and row["predicted"] for row in rows)
     except FileNotFoundError:
         raise ScriptError(f"no {path}; run {made_by} first, or give --index or --image") from None
@@ -199,8 +204,7 @@ def main(argv=None):
             parser.error(f"--index has {len(args.index)} images; 64 fit into one picture")
     if args.image and args.target == "true":
         parser.error("--target true needs a known class; with --image use predicted or a class")
-    names = class_names(args.dataset or "cifar100") if args.target not in ("predicted", "true") else CLASS_NAMES
-
+    device = utils.select_device(args.device)
     checkpoint = utils.load_checkpoint(run_dir / "best.pt")
     dataset = checkpoint["args"]["dataset"]
     if args.dataset not in (None, dataset):
@@ -212,7 +216,6 @@ def main(argv=None):
         print(f"{run_dir}/failures.csv is empty: no failures to explain; --index or --image show others")
         return []
 
-    device = utils.select_device(args.device)
     torch.backends.cudnn.allow_tf32 = False  # float32 in full, as in evaluate.py
     model = resnet18(width=checkpoint["args"]["width"])
     utils.load_weights(model, checkpoint["model"], run_dir / "best.pt")

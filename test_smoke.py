@@ -16,6 +16,7 @@ import json
 import math
 import os
 import pickle
+import shlex
 import shutil
 import subprocess
 import sys
@@ -751,6 +752,505 @@ def test_chain_evaluates_anew_when_the_checkpoint_has_changed():
     _, printed = quietly(evaluate.main, [str(run_dir)])
     assert "logits of best.pt" in printed and evaluate.logits_are_current(run_dir)
     assert (np.load(run_dir / "test_logits.npy") == np.load(chain()[0][1] / "test_logits.npy")).all()
+
+
+# ---- bad input -------------------------------------------------------------------------------------------------------
+
+
+def test_bad_arguments():
+    """Refused before anything is loaded, with the flag named."""
+    run, elsewhere = shlex.quote(str(chain()[0][0])), shlex.quote(str(scratch() / "not made"))
+    table = [  # script, arguments, words expected in the line
+        (train, "--nonsense", "--nonsense"), (train, "--smooth 0.1", "--smooth"), (train, "--lr", "--lr"),
+        (train, "--batch-size 0", "--batch-size 0"), (train, "--batch-size -8", "--batch-size -8"), (train, "--batch-size abc", "abc"),
+        (train, "--batch-size 1e3", "1e3"), (train, "--batch-size 1", "--batch-size 1"), (train, "--batch-size 200 --limit 100", "--batch-size 200"),
+        (train, "--device cuda:77", "cuda:77"), (train, "--device foo", "this machine has cpu"),
+        (train, "--smoothing 1.5", "[0, 1)"), (train, "--smoothing -0.1", "[0, 1)"), (train, "--smoothing nan", "[0, 1)"),
+        (train, "--smoothing 1", "[0, 1)"), (train, "--smoothing 0,1", "0,1"), (train, "--smoothing inf", "[0, 1)"),
+        (train, "--epochs 0", "--epochs 0"), (train, "--epochs -3", "--epochs -3"), (train, "--epochs 1.5", "1.5"),
+        (train, "--epochs 5 --warmup-epochs 5", "--warmup-epochs 5"), (train, "--warmup-epochs -1", "--warmup-epochs -1"),
+        (train, "--lr 0", "--lr 0"), (train, "--lr -1", "--lr -1"), (train, "--lr nan", "--lr nan"), (train, "--lr inf", "--lr inf"),
+        (train, "--weight-decay -1", "--weight-decay -1"), (train, "--weight-decay nan", "--weight-decay nan"), (train, "--momentum 1", "--momentum 1"),
+        (train, "--seed -1", "--seed -1"), (train, "--seed 18446744073709551616", "--seed"), (train, "--seed x", "--seed"),
+        (train, "--val-size 0", "--val-size 0"), (train, "--val-size 50000", "--val-size 50000"), (train, "--val-size -5", "--val-size -5"),
+        (train, "--val-size 150", "multiple of 100"), (train, "--limit 0", "--limit 0"), (train, "--limit 45001", "45000"),
+        (train, "--patience -1", "--patience -1"), (train, "--width 0", "--width 0"), (train, "--amp fp16 --device cpu", "--amp fp16"),
+        (train, "--dataset imagenet", "imagenet"), (train, f"--output-dir {shlex.quote(__file__)}", "--output-dir"),
+        (evaluate, "", "RUN"), (evaluate, elsewhere, "train.py"), (evaluate, f"{run} --device cuda:77", "cuda:77"), (evaluate, f"{run} --bins 3", "--bins"),
+        (evaluate, f"{run} --dataset cifar100", "synthetic"), (failures, elsewhere, "evaluate.py"), (failures, f"{run} --top 0", "--top 0"),
+        (failures, f"{run} --top -1", "--top -1"), (failures, f"{run} --threshold 1.5", "--threshold 1.5"), (failures, f"{run} --threshold nan", "nan"),
+        (failures, f"{run} --compare {elsewhere}", "evaluate.py"), (failures, f"{run} --device foo", "foo"),
+        (gradcam, elsewhere, "train.py"), (gradcam, f"{run} --index -1", "0..9999"), (gradcam, f"{run} --index 10000", "0..9999"),
+        (gradcam, f"{run} --index abc", "abc"), (gradcam, f"{run} --index 1 --image x.png", "not allowed"),
+        (gradcam, f"{run} --index {' '.join(map(str, range(65)))}", "64"), (gradcam, f"{run} --index 1 --target 100", "0..99"),
+        (gradcam, f"{run} --index 1 --target -1", "0..99"), (gradcam, f"{run} --index 1 --target sinthetic_07", "synthetic_07"),
+        (gradcam, f"{run} --index 1 --layer layer5", "layer4"), (gradcam, f"{run} --index 1 --layer fc", "layer4"),
+        (gradcam, f"{run} --image x.png --target true", "--target true"), (gradcam, f"{run} --image {elsewhere}", "not made"),
+        (gradcam, f"{run} --image https://example.org/cat.png", "example.org"), (gradcam, f"{run} --image {run}", "--image"),
+    ]  # fmt: skip
+    before = {path: path.stat().st_mtime_ns for path in scratch().rglob("*") if path.is_file()}
+    for module, arguments, *words in table:
+        refused(module.main, shlex.split(arguments), 2, *words)
+    assert before == {path: path.stat().st_mtime_ns for path in scratch().rglob("*") if path.is_file()}
+
+
+def zipped(entries):
+    import zipfile
+
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        for name, content in entries.items():
+            archive.writestr(name, content)
+    return buffer.getvalue()
+
+
+def saved(content, **options):
+    buffer = io.BytesIO()
+    torch.save(content, buffer, **options)
+    return buffer.getvalue()
+
+
+class Payload:
+    """Unpickled, it makes a file: the proof that somebody's code has run."""
+
+    def __reduce__(self):
+        return open, (str(scratch() / "pwned"), "w")
+
+
+def test_bad_checkpoints():
+    run_dir = copy_of_run("bad checkpoint", "*.png", "*.npy", "metrics.json")
+    last = (run_dir / "last.pt").read_bytes()
+    good = (run_dir / "best.pt").read_bytes()
+    checkpoint = utils.load_checkpoint(run_dir / "best.pt")
+    state = checkpoint["model"]
+    flipped = bytearray(good)
+    flipped[len(good) // 2] ^= 1  # in a tensor; torch.load does not notice
+    torch.load(io.BytesIO(flipped), weights_only=True)
+    other = {name: torch.zeros(10, tensor.shape[1]) if name == "fc.weight" else torch.zeros(10) if name == "fc.bias" else tensor for name, tensor in state.items()}
+    stem = state | {"conv1.weight": torch.zeros(16, 3, 7, 7)}
+    table = {
+        "empty": (b"", "not a checkpoint"), "text": (b"hello\n" * 99, "not a checkpoint"), "html": (b"<!DOCTYPE html><html>" * 99, "not a checkpoint"),
+        "truncated": (good[: len(good) // 2], "not a checkpoint"), "one bit": (bytes(flipped), "CRC"), "other zip": (zipped({"a.txt": "hello"}), "not a checkpoint"),
+        "malicious": (saved(checkpoint | {"epoch": Payload()}), "asks to run"), "legacy": (saved(checkpoint, _use_new_zipfile_serialization=False), "refused"),
+        "malicious legacy": (saved({"x": Payload()}, _use_new_zipfile_serialization=False), "refused"), "raw pickle": (pickle.dumps(Payload()), "refused"),
+        "whole model": (saved(resnet18(width=4)), "asks to run"), "bare weights": (saved(state), "train.py"), "a list": (saved([1, 2]), "train.py"),
+        "no weights": (saved({key: value for key, value in checkpoint.items() if key != "model"}), "train.py"), "newer": (saved(checkpoint | {"format": 2}), "version"),
+        "no args": (saved(checkpoint | {"args": None}), "train.py"), "huge": (saved(checkpoint | {"args": checkpoint["args"] | {"width": 10**9}}), "train.py"),
+        "10 classes": (saved(checkpoint | {"model": other}), "fc.weight"), "another stem": (saved(checkpoint | {"model": stem}), "conv1.weight"),
+        "NaN": (saved(checkpoint | {"model": state | {"fc.bias": state["fc.bias"] * math.nan}}), "NaN"),
+        "missing keys": (saved(checkpoint | {"model": {}}), "another network"),
+    }  # fmt: skip
+    arguments = {**vars(train.parse_args(["--output-dir", str(run_dir)])), **checkpoint["args"]}
+    flags = [f"--{key.replace('_', '-')}={value}" for key, value in arguments.items() if key not in train.PLACES and value not in (None, False)]
+    for name, (content, word) in table.items():
+        (run_dir / "best.pt").write_bytes(content)
+        refused(gradcam.main, [run_dir, "--index", "1"], 2, "best.pt", word)
+        refused(evaluate.main, [run_dir], 2, "best.pt", word)
+        (run_dir / "last.pt").write_bytes(content)
+        argv = [*flags, "--dataset", "synthetic", "--device", "cpu", "--output-dir", run_dir, "--resume"]
+        refused(train.main, argv, 2, "last.pt", word if name not in ("10 classes", "another stem", "NaN", "missing keys") else "best.pt")
+    assert not (scratch() / "pwned").exists()
+    (run_dir / "best.pt").unlink()
+    refused(evaluate.main, [run_dir], 2, "no ", "best.pt", "train.py")
+    (run_dir / "last.pt").write_bytes(last)  # and the good ones, in other clothes
+    for name, content in {
+        "DataParallel": checkpoint | {"model": {f"module.{key}": value for key, value in state.items()}},
+        "compiled": checkpoint | {"model": {f"_orig_mod.{key}": value for key, value in state.items()}},
+        "half": checkpoint | {"model": {key: value.half() if value.is_floating_point() else value for key, value in state.items()}},
+    }.items():
+        (run_dir / "best.pt").write_bytes(saved(content))
+        assert len(quietly(gradcam.main, [str(run_dir), "--index", "1"])[0]) == 1, name
+
+
+def npy(array, **options):
+    buffer = io.BytesIO()
+    np.save(buffer, array, **options)
+    return buffer.getvalue()
+
+
+def test_bad_logits():
+    run_dir = copy_of_run("bad logits", "*.png", "*.pt", "metrics.json")
+    logits, labels = np.load(run_dir / "test_logits.npy"), np.load(run_dir / "test_labels.npy")
+    spoilt = {value: np.where((np.arange(10_000) == 77)[:, None], value, logits) for value in (math.nan, math.inf, -math.inf)}
+    giant = npy(logits)[:128].replace(b"(10000, 100), }      ", b"(10000000000, 100), }")  # 4 TB
+    pickled = io.BytesIO()
+    np.savez(pickled, payload=np.array([Payload()], dtype=object))
+    table = [
+        ("test_logits.npy", content, word)
+        for content, word in (
+            (b"", "not readable"), (b"hello", "not readable"), (npy(logits)[:999_999], "not readable"), (giant, "not readable"),
+            (npy(np.array([Payload()], dtype=object), allow_pickle=True), "pickled objects"), (pickle.dumps(Payload()), "pickled objects"),
+            (pickled.getvalue(), "an archive"), (npy(logits[:, :10]), "(10000, 10)"), (npy(logits[0]), "(100,)"), (npy(logits[:9999]), "9999"), (npy(logits[:0]), "(0, 100)"),
+            (npy(logits.astype(complex)), "complex"), (npy(logits.astype(int)), "int64"), (npy(logits.astype(str)), "<U"),
+            (npy(spoilt[math.nan]), "row 77"), (npy(spoilt[math.inf]), "row 77"), (npy(spoilt[-math.inf]), "row 77"),
+        )
+    ] + [
+        ("test_labels.npy", content, word)
+        for content, word in (
+            (npy(labels[:9999]), "(9999,)"), (npy(labels.astype(float)), "float64"), (npy(labels - 1), "0..99"), (npy(labels + 1), "0..99"), (b"", "not readable"),
+        )
+    ]  # fmt: skip
+    for name, content, word in table:
+        good = (run_dir / name).read_bytes()
+        (run_dir / name).write_bytes(content)
+        for script_main in (failures.main, evaluate.main):
+            refused(script_main, [run_dir], 2, name, word)
+        (run_dir / name).write_bytes(good)
+    assert not (scratch() / "pwned").exists()
+    for name in evaluate.ARRAYS[:2]:
+        good = (run_dir / name).read_bytes()
+        (run_dir / name).unlink()
+        refused(failures.main, [run_dir], 2, f"no {run_dir / name}", "evaluate.py")
+        (run_dir / name).write_bytes(good)
+    # Labels of another data set, and files that are not those that metrics.json was made from.
+    utils.write_array(run_dir / "test_labels.npy", np.roll(labels, 1))
+    refused(failures.main, [run_dir], 2, "differs from the data set")
+    (run_dir / "failures.csv").unlink()
+    shutil.copy(chain()[0][0] / "metrics.json", run_dir)
+    refused(failures.main, [run_dir], 2, "test_labels.npy is not the file that metrics.json was made from", "--refresh")
+    utils.write_array(run_dir / "test_labels.npy", labels)
+    quietly(failures.main, [str(run_dir)])
+    # Probabilities are allowed, but not in silence.
+    (run_dir / "metrics.json").unlink()
+    utils.write_array(run_dir / "test_logits.npy", np.exp(utils.log_softmax(logits)))
+    assert "looks like probabilities" in quietly(failures.main, [str(run_dir)])[1]
+
+
+def test_bad_failures_csv():
+    run_dir = copy_of_run("bad csv", "*.png", "last.pt")
+    good = (run_dir / "failures.csv").read_text()
+    header, first, *rest = good.splitlines()
+    for content in ("", "hello\n", header + "\n" + first + "\n" + first, f"{header}\n{first.replace(first.split(',')[0], '10000', 1)}", "\0", f"{header}\n1,2,3"):
+        (run_dir / "failures.csv").write_text(content)
+        refused(gradcam.main, [run_dir], 2, "failures.csv", "failures.py")
+    (run_dir / "failures.csv").write_text(good.replace(first.split(",")[2], "synthetic_77" if "synthetic_77" not in first else "synthetic_78"))
+    refused(gradcam.main, [run_dir], 2, "not of this best.pt")
+    (run_dir / "failures.csv").unlink()
+    refused(gradcam.main, [run_dir], 2, "no ", "failures.py")
+
+
+def test_nothing_to_show_is_no_error():
+    run_dir = copy_of_run("sure", "*.png", "last.pt", "metrics.json")
+    labels = np.load(run_dir / "test_labels.npy")
+    utils.write_array(run_dir / "test_logits.npy", 9.0 * (np.arange(100) == labels[:, None]))
+    (run_dir / "failures.png").write_text("of another time")
+    rows, printed = quietly(failures.main, [str(run_dir)])
+    assert rows == [] and "nothing to show" in printed and not (run_dir / "failures.png").exists()
+    assert "no failures to explain" in quietly(gradcam.main, [str(run_dir)])[1]
+
+
+def test_bad_images():
+    run, files = chain()[0][0], scratch() / "images"
+    files.mkdir()
+    from PIL import Image
+
+    image = Image.effect_noise((64, 64), 90)
+    image.save(files / "good.png")
+    good = (files / "good.png").read_bytes()
+    flipped = bytearray(good)
+    flipped[len(good) // 2] ^= 4
+    Image.new("1", (10_000, 10_000)).save(files / "bomb.png")
+    for name, content in {
+        "text.png": b"hello", "empty.png": b"", "short.png": good[: len(good) // 2], "flipped.png": bytes(flipped), "bomb.png": None,
+        "drawing.svg": b"<svg xmlns='http://www.w3.org/2000/svg'/>", "paper.pdf": b"%PDF-1.4 ...", "missing.png": None,
+    }.items():  # fmt: skip
+        if content is not None:
+            (files / name).write_bytes(content)
+        refused(gradcam.main, [run, "--image", files / name], 2, name, "--image")
+
+
+def test_bad_data_folders():
+    folder = scratch() / "bad data"
+    (folder / "cifar-100-python").mkdir(parents=True)
+    load = lambda argv: data.load_cifar100(*argv)  # noqa: E731
+    refused(load, [folder], 2, "train (MD5 16019d7e3df5f24257cddd939b257f8d)", "--data-dir")
+    for name in ("train", "test", "meta"):
+        (folder / "cifar-100-python" / name).write_bytes(pickle.dumps(Payload()))
+    refused(load, [folder], 2, "altered")
+    refused(load, [folder / "cifar-100-python"], 2, "altered")
+    refused(load, [Path(__file__)], 2, "is a file")
+    assert not (scratch() / "pwned").exists()
+
+
+def serve(handler):
+    """A web server on this machine for one test: its URL, and a function that ends it."""
+    import http.server
+    import threading
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    return f"http://127.0.0.1:{server.server_port}/cifar-100-python.tar.gz", server.shutdown
+
+
+def test_bad_downloads():
+    import http.server
+    import tarfile
+
+    archive = io.BytesIO()
+    with tarfile.open(fileobj=archive, mode="w:gz") as tar:
+        member = tarfile.TarInfo("../pwned")
+        tar.addfile(member, io.BytesIO())
+    answers = {"503": (503, b""), "html": (200, b"<html>login</html>"), "evil": (200, archive.getvalue()), "cut": (200, None)}
+
+    for name, (status, body) in answers.items():
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self):
+                self.send_response(status)
+                self.send_header("Content-Length", str(999 if body is None else len(body)))
+                self.end_headers()
+                if self.command == "GET":
+                    self.wfile.write(body or b"")
+
+            do_HEAD = do_GET
+
+            def log_message(self, *args):
+                pass
+
+        url, stop = serve(Handler)
+        refused(lambda argv: data.load_cifar100(scratch() / f"download {name}", url=url), [], 1, url, "--data-dir", "--data-url", "eb9058c3")
+        stop()
+    refused(lambda argv: data.load_cifar100(scratch() / "download", url="http://127.0.0.1:9/x"), [], 1, "refused")
+    refused(lambda argv: data.load_cifar100(scratch() / "download", url="nonsense"), [], 1, "nonsense")
+    assert not (scratch() / "pwned").exists() and not list(scratch().glob("download*/cifar-100-python"))
+
+
+def test_download_works():
+    """The way to a good copy: an archive with the right MD5, which we cannot make; so with the MD5 of one that we can."""
+    import http.server
+    import tarfile
+
+    import torchvision
+
+    folder = real_data() / "cifar-100-python"
+    archive = io.BytesIO()
+    with tarfile.open(fileobj=archive, mode="w:gz", compresslevel=0) as tar:
+        tar.add(folder, arcname="cifar-100-python")
+    import hashlib
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(archive.getvalue())))
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(archive.getvalue())
+
+        do_HEAD = do_GET
+
+        def log_message(self, *args):
+            pass
+
+    url, stop = serve(Handler)
+    md5, torchvision.datasets.CIFAR100.tgz_md5 = torchvision.datasets.CIFAR100.tgz_md5, hashlib.md5(archive.getvalue()).hexdigest()
+    try:
+        (images, labels), printed = quietly(lambda: data.load_cifar100(scratch() / "fetched", train=False, url=url))
+    finally:
+        torchvision.datasets.CIFAR100.tgz_md5 = md5
+        stop()
+    assert len(images) == 10_000 and "downloading" in printed and "%" in printed  # it shows that it moves
+    shutil.rmtree(scratch() / "fetched")
+
+
+# ---- places ----------------------------------------------------------------------------------------------------------
+
+
+def test_places_exit_codes_and_one_line():
+    run_dir = chain()[0][0]
+    for argv, code, word in (
+        (["train.py", "--lr", "-1"], 2, "train.py: error: --lr -1.0"),
+        (["evaluate.py", scratch() / "nowhere"], 2, "evaluate.py: error: no "),
+        (["train.py", "--data-url", "http://127.0.0.1:9/x", "--data-dir", scratch() / "empty", "--output-dir", scratch() / "no data"], 1, "train.py: error: cannot get CIFAR-100"),
+        (["failures.py", run_dir, "--threshold", "0.5", "--device", "cpu"], 0, ""),
+    ):
+        done = script(*argv)
+        assert done.returncode == code and done.stderr.startswith(word) and done.stderr.count("\n") == (code > 0), (argv, done.stderr)
+        assert "Traceback" not in done.stderr and "\r" not in done.stdout  # no terminal: whole lines only
+
+
+def test_places_signals():
+    """SIGTERM and Ctrl-C: one line, what is kept, how to go on; 143 and 130. The pipe closed: quiet."""
+    import signal
+
+    for number, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
+        run_dir = scratch() / f"signal {code}"
+        command = [sys.executable, "train.py", *TINY, "--epochs", "2000", "--patience", "0", "--output-dir", str(run_dir)]
+        process = subprocess.Popen(command, cwd=HERE, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        while not (run_dir / "log.csv").exists() and process.poll() is None:
+            time.sleep(0.05)
+        process.send_signal(number)
+        _, stderr = process.communicate(timeout=60)
+        assert process.returncode == code, stderr
+        assert stderr.count("\n") == 1 and "stopped in epoch" in stderr and "--resume" in stderr, stderr
+        utils.load_checkpoint(run_dir / "last.pt")
+    pipe = subprocess.run(f'"{sys.executable}" evaluate.py "{chain()[0][0]}" | head -n 1', shell=True, cwd=HERE, env=environment(), capture_output=True, text=True)
+    assert pipe.stderr == "", pipe.stderr
+
+
+def test_places_two_processes_in_one_directory():
+    run_dir = make_run("locked")
+    with train.exclusive(run_dir):
+        refused(train.main, [*TINY, "--output-dir", run_dir, "--resume"], 2, "another process")
+    quietly(train.main, [*TINY, "--output-dir", str(run_dir), "--resume"])
+
+
+def test_places_full_disk():
+    """A write that fails half-way is one line and code 1, and leaves the old file."""
+    target = scratch() / "kept.json"
+    utils.write_json(target, {"old": 1})
+
+    def fail(file):
+        file.write(b"half of the ne")
+        raise OSError(28, "No space left on device")
+
+    refused(lambda argv: utils.write_file(target, fail), [], 1, "No space left", "kept.json")
+    assert json.loads(target.read_text()) == {"old": 1} and not list(scratch().glob(".*.partial"))
+
+
+def test_places_notebook():
+    """Imported, nothing happens; called in a cell, errors are ordinary exceptions; the notebook's backend does not matter."""
+    program = """
+import os, sys, random
+before = set(os.listdir())
+state = random.getstate()
+from model import resnet18
+from data import load_cifar100
+from gradcam import grad_cam
+from utils import macro_scores, confusion_matrix, calibration_error
+import train, evaluate, failures, torch
+seed = torch.initial_seed()
+assert set(os.listdir()) == before and "matplotlib" not in sys.modules and random.getstate() == state
+sys.argv = ["ipykernel_launcher.py", "-f", "/root/kernel.json"]
+for module in (train, evaluate, failures):
+    try:
+        module.main()
+    except Exception as error:
+        assert "-f" in str(error) or "RUN" in str(error), error
+    else:
+        raise SystemExit("accepted the kernel's arguments")
+train.draw_curves("curves.png", [dict(epoch=1, train_loss=1, val_loss=1, train_acc=0.1, val_acc=0.1)], 1, "title")
+print(os.path.getsize("curves.png") > 5000)
+"""
+    folder = scratch() / "notebook"
+    folder.mkdir()
+    done = script("-B", "-c", program, cwd=folder, env=environment(MPLBACKEND="module://matplotlib_inline.backend_inline_not_there"))
+    assert done.returncode == 0 and done.stdout == "True\n", done.stderr
+
+
+def test_places_read_only_data():
+    """As on Kaggle: a data folder that cannot be written to, given with ~ and with a blank in its name."""
+    source, folder = real_data(), scratch() / "read only"
+    (folder / "cifar-100-python").mkdir(parents=True)
+    for name in ("train", "test", "meta"):
+        (folder / "cifar-100-python" / name).symlink_to(source / "cifar-100-python" / name)
+    (folder / "cifar-100-python").chmod(0o555)
+    folder.chmod(0o555)
+    home = os.environ.get("HOME")
+    os.environ["HOME"] = str(scratch())
+    try:
+        images, _ = data.load_cifar100("~/read only", train=False)
+    finally:
+        os.environ["HOME"] = home or ""
+        folder.chmod(0o755), (folder / "cifar-100-python").chmod(0o755)
+    assert len(images) == 10_000 and sorted(path.name for path in folder.rglob("*")) == ["cifar-100-python", "meta", "test", "train"]
+
+
+# ---- long ------------------------------------------------------------------------------------------------------------
+
+
+def long_test_20_kills_at_random_instants():
+    """SIGKILL after a random time, again and again, until the run is through: the same bits as without."""
+    rng, kills, rounds = np.random.default_rng(int(time.time())), 0, 0
+    flags = [*TINY, "--epochs", "8", "--limit", "1000"]
+    straight = scratch() / "undisturbed"
+    start = time.monotonic()
+    assert script("train.py", *flags, "--output-dir", straight).returncode == 0
+    whole = time.monotonic() - start
+    while kills < 20:
+        run_dir, rounds = scratch() / f"tormented {rounds}", rounds + 1
+        while True:
+            command = [sys.executable, "train.py", *flags, "--output-dir", str(run_dir), "--resume"]
+            process = subprocess.Popen(command, cwd=HERE, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+            try:
+                process.wait(rng.uniform(0.3, 1) * whole)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+                kills += 1
+                for checkpoint in run_dir.glob("*.pt"):
+                    utils.load_checkpoint(checkpoint)
+                continue
+            assert process.returncode == 0, process.stderr.read()
+            break
+        assert equal(tensors_and_log(run_dir), tensors_and_log(straight))
+    print(f"{kills} kills in {rounds} runs")
+
+
+def mutations(content, count, rng):
+    """`count` damaged versions of a file: cut short, bits flipped, bytes overwritten, pieces swapped or repeated."""
+    for n in range(count):
+        damaged, at = bytearray(content), int(rng.integers(len(content)))
+        kind = n % 5
+        if kind == 0:
+            damaged = damaged[:at]
+        elif kind == 1:
+            damaged[at] ^= 1 << int(rng.integers(8))
+        elif kind == 2:  # near the start or the end, where the headers are
+            at = int(rng.integers(min(400, len(content)))) * (1 if rng.random() < 0.5 else -1)
+            damaged[at] ^= 1 << int(rng.integers(8))
+        elif kind == 3:
+            piece = rng.bytes(int(rng.integers(1, 64)))
+            damaged[at : at + len(piece)] = piece
+        else:
+            start, length = int(rng.integers(len(content))), int(rng.integers(1, 4096))
+            damaged[at : at + length] = content[start : start + length]
+        yield bytes(damaged)
+
+
+def long_test_500_mutations():
+    """Damaged files get the result of the good file or one line; never a traceback, a hang, or another number."""
+    from PIL import Image
+
+    run_dir = copy_of_run("mutated", "*.png")
+    picture = scratch() / "mutated.png"
+    Image.fromarray(np.random.default_rng(5).integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(picture)
+    checkpoint = utils.load_checkpoint(run_dir / "last.pt")
+    flags = [f"--{key.replace('_', '-')}={value}" for key, value in checkpoint["args"].items() if key not in train.PLACES and value not in (None, False)]
+    resume = [*flags, "--dataset", "synthetic", "--device", "cpu", "--output-dir", str(run_dir), "--resume"]
+    explain, evaluation, failed = [str(run_dir), "--index", "1", "2"], [str(run_dir)], [str(run_dir), "--threshold", "0.5"]
+    save_figure = utils.save_figure
+    utils.save_figure = lambda figure, path: None  # the slow part, and not what is tested
+    rng, outcomes = np.random.default_rng(int(time.time())), {}
+    try:
+        for path, count, calls in (
+            (run_dir / "best.pt", 130, [(gradcam, explain), (evaluate, evaluation)]),
+            (run_dir / "last.pt", 100, [(train, resume)]),
+            (run_dir / "test_logits.npy", 100, [(failures, failed), (evaluate, evaluation)]),
+            (run_dir / "test_labels.npy", 80, [(failures, failed), (evaluate, evaluation)]),
+            (run_dir / "val_logits.npy", 30, [(evaluate, evaluation)]),
+            (picture, 100, [(gradcam, [*explain[:1], "--image", str(picture)])]),
+        ):
+            good = path.read_bytes()
+            expected = {module: quietly(module.main, argv)[0] for module, argv in calls}
+            others = {other: other.read_bytes() for other in run_dir.iterdir() if other.is_file() and other != path}
+            for damaged in mutations(good, count, rng):
+                for module, argv in calls:
+                    path.write_bytes(damaged)
+                    try:
+                        same = repr(quietly(module.main, argv)[0]) == repr(expected[module])
+                        outcome = "same result" if same else "ANOTHER RESULT"
+                    except ScriptError as error:
+                        assert "\n" not in str(error) and error.code == 2
+                        outcome = "one line"
+                    outcomes[outcome] = outcomes.get(outcome, 0) + 1
+                    assert outcome != "ANOTHER RESULT", (path, module)
+                    for other, content in others.items():
+                        if other.read_bytes() != content:
+                            other.write_bytes(content)
+            path.write_bytes(good)
+    finally:
+        utils.save_figure = save_figure
+    print(f"540 damaged files, {sum(outcomes.values())} attempts: {outcomes}")
 
 
 # ---- runner ----------------------------------------------------------------------------------------------------------

@@ -73,7 +73,7 @@ def parse_args(argv):
     train_size = 50_000 - args.val_size
     require("--limit", args.limit is None or 1 <= args.limit <= train_size, f"in 1..{train_size}, the training images there are")
     train_size = args.limit or train_size
-    require("--batch-size", 1 <= args.batch_size <= train_size, f"in 1..{train_size}, the number of training images")
+    require("--batch-size", 2 <= args.batch_size <= train_size, f"in 2..{train_size}, the number of training images")
 
     recipe_flags = [action.dest for action in recipe._group_actions]
     args.output_dir = args.output_dir or str(Path("runs") / run_name(args, recipe_flags, parser.get_default))
@@ -199,13 +199,13 @@ def main(argv=None):
     """Train one run; returns {"run_dir", "best_epoch", "val_acc"}."""
     args = parse_args(argv)
     device = utils.select_device(args.device)
+    dtype, reason = select_precision(args.amp, device)
     run_dir = Path(args.output_dir).expanduser()
     with exclusive(run_dir):
-        return train(args, device, run_dir)
+        return train(args, device, dtype, reason, run_dir)
 
 
-def train(args, device, run_dir):
-    dtype, reason = select_precision(args.amp, device)
+def train(args, device, dtype, reason, run_dir):
     checkpoint = load_last(run_dir, args)
     for stale in run_dir.glob(".*.partial"):  # of a process that was killed while it wrote
         stale.unlink()
@@ -247,7 +247,7 @@ def train(args, device, run_dir):
     if checkpoint:
         utils.load_weights(model, checkpoint["model"], run_dir / "last.pt")
         optimizer.load_state_dict(checkpoint["optimizer"])
-        if checkpoint["scaler"] and scaler.is_enabled():
+        if checkpoint["scaler"] and scaler.is_enabled():  # empty if the run began without one
             scaler.load_state_dict(checkpoint["scaler"])
         history, best_epoch, best_acc, finished = (checkpoint[key] for key in ("history", "best_epoch", "best_acc", "finished"))
         print(f"resuming after epoch {len(history)}" if not finished else f"already finished after epoch {len(history)}")
@@ -340,6 +340,10 @@ def train(args, device, run_dir):
     except KeyboardInterrupt as interrupt:
         kept = f"last.pt holds epoch {len(history)}; the same command with --resume goes on from there" if history else "nothing was saved yet"
         raise ScriptError(f"stopped in epoch {len(history) + 1}; {kept}", code=143 if isinstance(interrupt, utils.Terminated) else 130) from None
+    except Exception as error:
+        if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            raise ScriptError(f"--compile does not work here ({str(error).strip().splitlines()[0]}); leave it out", code=1) from None
+        raise
 
     utils.write_json(run_dir / "config.json", config | {"finished": True})
     draw_curves(run_dir / "curves.png", history, best_epoch, f"ResNet-18 on {name}: {run_dir.name}")

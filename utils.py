@@ -14,6 +14,7 @@ import io
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import sys
@@ -93,7 +94,7 @@ def run_script(main):
     except (torch.OutOfMemoryError, MemoryError):
         message, code = "out of memory; use a smaller --batch-size or another --device", 1
     except OSError as error:
-        message, code = f"{error.filename or 'operating system'}: {error.strerror or error}; nothing written before is lost", 1
+        message, code = f"{error.filename or 'the system'}: {error.strerror or error}; nothing written before is lost", 1
     sys.stdout.flush()
     print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
     sys.exit(code)
@@ -116,9 +117,10 @@ def write_file(path, write):
             file.flush()
             os.fsync(file.fileno())  # on the disk before the name points to it
         os.replace(partial, path)
-    except BaseException:
+    except OSError as error:
+        raise ScriptError(f"cannot write {path} ({error.strerror or error}); what was there before is intact", code=1) from None
+    finally:
         partial.unlink(missing_ok=True)
-        raise
 
 
 def write_text(path, text):
@@ -145,8 +147,7 @@ def write_csv(path, columns, rows):
 def sha256(path):
     """Hex digest of a file, or None if there is no such file."""
     try:
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return hashlib.sha256(Path(path).read_bytes()).hexdigest()
     except FileNotFoundError:
         return None
 
@@ -182,6 +183,8 @@ def load_checkpoint(path):
     path = Path(path)
     if not path.is_file():
         raise ScriptError(f"no {path}; run python train.py first, or name the folder of a run that has it")
+    if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 6):
+        raise ScriptError(f"torch {torch.__version__} can be made to run code from a checkpoint (CVE-2025-32434); install torch 2.6 or newer")
     try:
         content = path.read_bytes()  # checked and loaded from the same bytes
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
@@ -193,11 +196,15 @@ def load_checkpoint(path):
         reason = re.search(r"GLOBAL (\S+)", str(error))
         reason = f"it asks to run {reason[1]}" if reason else (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ScriptError(f"{path} is not a checkpoint of this project ({reason}); refused, nothing was executed") from None
-    missing = {"format", "args", "model"} - set(checkpoint if isinstance(checkpoint, dict) else ())
-    if missing:
-        raise ScriptError(f"{path} is not a checkpoint of train.py (no {', '.join(sorted(missing))}); train one with train.py")
-    if checkpoint["format"] != 1:
-        raise ScriptError(f"{path} has checkpoint format {checkpoint['format']}, this version reads 1; update the scripts")
+    try:
+        args, state = checkpoint["args"], checkpoint["model"]
+        sound = checkpoint["format"] == 1 and args["dataset"] in ("cifar100", "synthetic") and type(checkpoint["epoch"]) is int
+        sound = sound and all(type(args[key]) is int and args[key] >= 0 for key in ("width", "seed", "val_size")) and 1 <= args["width"] <= 1024
+        sound = sound and all(isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in state.items())
+    except (TypeError, KeyError, AttributeError, IndexError):
+        sound = False
+    if not sound:
+        raise ScriptError(f"{path} is not a checkpoint of this version of train.py; train one with python train.py")
     return checkpoint
 
 
@@ -216,11 +223,14 @@ def load_weights(model, state, path):
 def load_array(path, made_by):
     """A .npy array, never unpickling; ScriptError if it is missing or unreadable."""
     try:
-        return np.load(path, allow_pickle=False)
+        array = np.load(path, allow_pickle=False)
+        if not isinstance(array, np.ndarray):
+            raise ValueError("an archive of arrays")
+        return array
     except FileNotFoundError:
         raise ScriptError(f"no {path}; run {made_by} first") from None
     except Exception as error:  # numpy raises EOFError, ValueError, MemoryError, SyntaxError... on damaged headers
-        reason = "it holds pickled objects" if "pickle" in str(error) else type(error).__name__
+        reason = "it holds pickled objects" if "pickle" in str(error) else f"{type(error).__name__}: {error}".splitlines()[0]
         raise ScriptError(f"{path} is not readable as a NumPy array ({reason}); run {made_by} --refresh") from None
 
 
@@ -229,11 +239,13 @@ def load_logits(run_dir, split, num_classes=100):
 
     Raises ScriptError for a wrong shape, dtype or value, and for files other than those that metrics.json was made from.
     """
-    run_dir, made_by = Path(run_dir), f"python evaluate.py {run_dir}"
+    run_dir, made_by = Path(run_dir), f"python evaluate.py {shlex.quote(str(run_dir))}"
     paths = run_dir / f"{split}_logits.npy", run_dir / f"{split}_labels.npy"
     logits, labels = (load_array(path, made_by) for path in paths)
     if logits.ndim != 2 or logits.shape[1] != num_classes or len(logits) == 0 or logits.dtype.kind != "f":
         raise ScriptError(f"{paths[0]} is {logits.dtype} {logits.shape}, floats (N, {num_classes}) are wanted; run {made_by} --refresh")
+    if split == "test" and len(logits) != 10_000:
+        raise ScriptError(f"{paths[0]} has {len(logits)} rows, one for each of the 10000 test images is wanted; run {made_by} --refresh")
     if labels.shape != (len(logits),) or labels.dtype.kind not in "iu":
         raise ScriptError(f"{paths[1]} is {labels.dtype} {labels.shape}, integers ({len(logits)},) are wanted; run {made_by} --refresh")
     if labels.min() < 0 or labels.max() >= num_classes:
