@@ -9,8 +9,10 @@ images, 2009, https://www.cs.toronto.edu/~kriz/cifar.html.
 """
 
 import functools
+import http.client
 import socket
 import tarfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -51,13 +53,24 @@ SUPERCLASSES = {
     "vehicles_1": "bicycle bus motorcycle pickup_truck train",
     "vehicles_2": "lawn_mower rocket streetcar tank tractor",
 }
-CLASS_NAMES = sorted(" ".join(SUPERCLASSES.values()).split())  # alphabetical, so index = official label 0..99
-SUPERCLASS_OF = np.array([[name in group.split() for group in SUPERCLASSES.values()].index(True) for name in CLASS_NAMES])
+CLASS_NAMES = sorted(
+    " ".join(SUPERCLASSES.values()).split()
+)  # alphabetical, so index = official label 0..99
+SUPERCLASS_OF = np.array(
+    [[name in group.split() for group in SUPERCLASSES.values()].index(True) for name in CLASS_NAMES]
+)
+
+
+TITLES = {"cifar100": "CIFAR-100", "synthetic": "SYNTHETIC data"}  # for what is printed and drawn
 
 
 def class_names(dataset):
     """The 100 names by label; made-up ones for the synthetic set, whose images show none of the real things."""
-    return CLASS_NAMES if dataset == "cifar100" else [f"synthetic_{label:02d}" for label in range(NUM_CLASSES)]
+    return (
+        CLASS_NAMES
+        if dataset == "cifar100"
+        else [f"synthetic_{label:02d}" for label in range(NUM_CLASSES)]
+    )
 
 
 def load_dataset(dataset, data_dir, train, url=None):
@@ -74,18 +87,28 @@ def load_cifar100(data_dir="data", train=True, url=None):
     """
     try:
         import torchvision  # here, because only CIFAR-100 needs it
-    except (ImportError, RuntimeError) as error:
-        raise ScriptError(f"torchvision does not go with torch {torch.__version__} ({error}); pip install -r requirements.txt in a fresh environment") from None
+    except (ImportError, RuntimeError, AttributeError, OSError) as error:
+        raise ScriptError(
+            f"torchvision does not go with torch {torch.__version__} ({error}); pip install -r requirements.txt in a fresh environment"
+        ) from None
 
     data_dir = Path(data_dir).expanduser().resolve()
     folder = data_dir if (data_dir / "train").exists() else data_dir / "cifar-100-python"
-    cifar100 = type("CIFAR100", (torchvision.datasets.CIFAR100,), {"url": url or ARCHIVE_URL, "base_folder": folder.name})
+
+    class CIFAR100(torchvision.datasets.CIFAR100):
+        pass
+
+    CIFAR100.url, CIFAR100.base_folder = url or ARCHIVE_URL, folder.name
     if not folder.exists():
-        download(cifar100, data_dir)
+        download(CIFAR100, data_dir)
     try:
-        dataset = cifar100(folder.parent, train)
+        dataset = CIFAR100(folder.parent, train)
     except (RuntimeError, OSError):  # torchvision says the same for missing and damaged files
-        files = [*cifar100.train_list, *cifar100.test_list, [cifar100.meta["filename"], cifar100.meta["md5"]]]
+        files = [
+            *CIFAR100.train_list,
+            *CIFAR100.test_list,
+            [CIFAR100.meta["filename"], CIFAR100.meta["md5"]],
+        ]
         intact = torchvision.datasets.utils.check_integrity
         wrong = [f"{name} (MD5 {md5})" for name, md5 in files if not intact(folder / name, md5)]
         raise ScriptError(
@@ -98,13 +121,24 @@ def load_cifar100(data_dir="data", train=True, url=None):
 def download(cifar100, data_dir):
     """Fetch and unpack the archive (161 MB) into data_dir, with a time-out that torchvision does not set."""
     if data_dir.is_file() or (data_dir / "batches.meta").exists():
-        raise ScriptError(f"--data-dir {data_dir} is a file, or CIFAR-10; name the folder that holds cifar-100-python")
-    print(f"downloading {cifar100.url} to {data_dir}: 161 MB, and its server can take an hour", flush=True)
+        raise ScriptError(
+            f"--data-dir {data_dir} is a file, or CIFAR-10; name the folder that holds cifar-100-python"
+        )
+    print(
+        f"downloading {cifar100.url} to {data_dir}: 161 MB, and its server can take an hour", flush=True
+    )
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(20)  # seconds without a single byte
     try:
         cifar100(data_dir, train=False, download=True)
-    except (OSError, RuntimeError, ValueError, EOFError, tarfile.TarError) as error:
+    except (
+        OSError,
+        RuntimeError,
+        ValueError,
+        EOFError,
+        tarfile.TarError,
+        http.client.HTTPException,
+    ) as error:
         raise ScriptError(
             f"cannot get CIFAR-100 from {cifar100.url} ({error}); on Kaggle, switch the notebook's Internet on; or use --data-dir FOLDER "
             f"with a copy on this disk, --data-url URL of any copy with MD5 {ARCHIVE_MD5}, or --dataset synthetic",
@@ -118,12 +152,14 @@ def download(cifar100, data_dir):
 def load_synthetic(train=True):
     """A stand-in with CIFAR-100's shapes, made in a second: images (N, 32, 32, 3) uint8, labels (N,) int64.
 
-    Every class is a pattern of 4x4 colour blocks; the five classes of a superclass share half of theirs. An image blends
+    Every class is a pattern of 4x4 colour blocks; the five classes of a superclass share a third of theirs. An image blends
     its class's pattern with a share of up to 0.55 of another one's, plus noise. Where that share is above one half the
     label is wrong in effect, so that even a perfect classifier makes mistakes, some of them confident.
     """
-    shared, own = np.random.default_rng(100).integers(20, 180, (2, NUM_CLASSES, 4, 4, 3))  # the patterns, for both splits
-    patterns = (shared[SUPERCLASS_OF] + own) / 2
+    shared, own = np.random.default_rng(100).integers(
+        0, 200, (2, NUM_CLASSES, 4, 4, 3)
+    )  # the patterns, for both splits
+    patterns = (shared[SUPERCLASS_OF] + 2 * own) / 3
     n = 50_000 if train else 10_000
     rng = np.random.default_rng([100, 1 + train])
     labels = rng.permutation(n) % NUM_CLASSES  # balanced, in random order
@@ -131,7 +167,7 @@ def load_synthetic(train=True):
     share = rng.uniform(0, 0.55, (n, 1, 1, 1))
     blocks = ((1 - share) * patterns[labels] + share * patterns[others]).astype(np.uint8)
     images = blocks.repeat(8, axis=1).repeat(8, axis=2)
-    images += rng.integers(0, 76, images.shape, dtype=np.uint8)  # at most 179 + 75 = 254
+    images += rng.integers(0, 56, images.shape, dtype=np.uint8)  # at most 199 + 55 = 254
     return torch.from_numpy(images), torch.from_numpy(labels)
 
 
@@ -144,6 +180,11 @@ def split_train_val(labels, val_size, seed):
     by_class = order[np.argsort(labels.numpy()[order], kind="stable")].reshape(NUM_CLASSES, -1)
     val, train = np.split(by_class, [val_size // NUM_CLASSES], axis=1)
     return torch.from_numpy(np.sort(train.ravel())), torch.from_numpy(np.sort(val.ravel()))
+
+
+def split_id(val_index):
+    """A checksum of the split: another one means that NumPy's generator has changed, and a checkpoint's with it."""
+    return zlib.crc32(val_index.numpy().tobytes())
 
 
 def normalize(images):

@@ -56,8 +56,12 @@ class ResNet18(nn.Module):
         self.bn1 = nn.BatchNorm2d(width)
         self.layer1 = nn.Sequential(BasicBlock(width, width, 1), BasicBlock(width, width, 1))
         self.layer2 = nn.Sequential(BasicBlock(width, 2 * width, 2), BasicBlock(2 * width, 2 * width, 1))
-        self.layer3 = nn.Sequential(BasicBlock(2 * width, 4 * width, 2), BasicBlock(4 * width, 4 * width, 1))
-        self.layer4 = nn.Sequential(BasicBlock(4 * width, 8 * width, 2), BasicBlock(8 * width, 8 * width, 1))
+        self.layer3 = nn.Sequential(
+            BasicBlock(2 * width, 4 * width, 2), BasicBlock(4 * width, 4 * width, 1)
+        )
+        self.layer4 = nn.Sequential(
+            BasicBlock(4 * width, 8 * width, 2), BasicBlock(8 * width, 8 * width, 1)
+        )
         self.fc = nn.Linear(8 * width, num_classes)
 
         # He et al., arXiv:1502.01852: variance 2 / fan_out keeps the gradient's scale through the ReLUs. Batch norm

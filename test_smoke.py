@@ -61,13 +61,17 @@ def quietly(function, *args):
 
 def environment(**changes):
     """For a subprocess: as many threads as here, because another number rounds differently."""
-    return os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads()), "PYTHONPATH": str(HERE)} | changes
+    return (
+        os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads()), "PYTHONPATH": str(HERE)} | changes
+    )
 
 
 def script(*args, env=None, cwd=HERE):
     """Run a script as a user does; returns the CompletedProcess, output as text."""
     command = [sys.executable, *map(str, args)]
-    return subprocess.run(command, cwd=cwd, env=env or environment(), capture_output=True, text=True, timeout=300)
+    return subprocess.run(
+        command, cwd=cwd, env=env or environment(), capture_output=True, text=True, timeout=300
+    )
 
 
 def refused(main, argv, code, *words):
@@ -106,11 +110,13 @@ def make_run(name, *flags):
 def chain():
     """Two synthetic runs, trained, evaluated, compared and explained through the scripts' main(); (run directories, output)."""
     runs, printed = [scratch() / "baseline", scratch() / "smoothing0.1"], []
-    flags = "--dataset synthetic --device cpu --width 16 --limit 4000 --batch-size 100 --val-size 500 --epochs 3 --warmup-epochs 1 --lr 0.1".split()
-    for run_dir, smoothing in zip(runs, ("0", "0.1")):
-        printed.append(quietly(train.main, [*flags, "--smoothing", smoothing, "--output-dir", str(run_dir)])[1])
+    flags = "--dataset synthetic --device cpu --limit 4000 --batch-size 50 --val-size 500 --epochs 3 --warmup-epochs 1 --lr 0.1".split()
+    for run_dir, others in zip(runs, (["--width", "16"], ["--width", "8", "--smoothing", "0.1"])):
+        printed.append(quietly(train.main, [*flags, *others, "--output-dir", str(run_dir)])[1])
     printed.append(quietly(evaluate.main, [*map(str, runs), "--device", "cpu"])[1])
-    printed.append(quietly(failures.main, [str(runs[0]), "--compare", str(runs[1]), "--threshold", "0.5"])[1])
+    printed.append(
+        quietly(failures.main, [str(runs[0]), "--compare", str(runs[1]), "--threshold", "0.5"])[1]
+    )
     printed.append(quietly(gradcam.main, [str(runs[0]), "--device", "cpu"])[1])
     return runs, printed
 
@@ -140,7 +146,10 @@ def test_model_equals_torchvision():
     assert sum(p.numel() for p in model.parameters()) == 11_220_132
     reference.load_state_dict(model.state_dict())
     images = torch.randn(4, 3, 32, 32)
-    for training in (True, False):  # in training mode first, so that the running statistics are not the initial ones
+    for training in (
+        True,
+        False,
+    ):  # in training mode first, so that the running statistics are not the initial ones
         ours, theirs = model.train(training)(images), reference.train(training)(images)
         assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-4), (ours - theirs).abs().max()
 
@@ -169,17 +178,25 @@ def test_model_learns_a_few_images():
 
 def test_data_names_and_constants_are_the_official_ones():
     folder = real_data() / "cifar-100-python"
-    meta, test = (pickle.loads((folder / name).read_bytes(), encoding="latin1") for name in ("meta", "test"))
+    meta, test = (
+        pickle.loads((folder / name).read_bytes(), encoding="latin1") for name in ("meta", "test")
+    )
     assert data.CLASS_NAMES == meta["fine_label_names"]
     assert list(data.SUPERCLASSES) == meta["coarse_label_names"]
     assert (data.SUPERCLASS_OF[test["fine_labels"]] == test["coarse_labels"]).all()
     images, labels = data.load_cifar100(folder)  # the folder itself, not its parent
-    assert images.shape == (50_000, 32, 32, 3) and images.dtype == torch.uint8 and labels.dtype == torch.int64
+    assert (
+        images.shape == (50_000, 32, 32, 3)
+        and images.dtype == torch.uint8
+        and labels.dtype == torch.int64
+    )
     pixels = images.double() / 255
     assert torch.allclose(pixels.mean((0, 1, 2)), torch.tensor(data.MEAN).double(), atol=5e-5)
     assert torch.allclose(pixels.std((0, 1, 2)), torch.tensor(data.STD).double(), atol=5e-5)
     images, labels = data.load_cifar100(folder.parent, train=False)
-    assert (images[7].permute(2, 0, 1).flatten().numpy() == test["data"][7]).all() and labels.tolist() == test["fine_labels"]
+    assert (
+        images[7].permute(2, 0, 1).flatten().numpy() == test["data"][7]
+    ).all() and labels.tolist() == test["fine_labels"]
 
 
 def test_data_split_is_stratified_and_a_function_of_the_seed():
@@ -196,7 +213,10 @@ def test_data_augmentation_is_every_crop_and_flip_of_torchvision():
 
     images = torch.randint(0, 256, (3, 32, 32, 3), dtype=torch.uint8)
     cases = list(itertools.product(range(9), range(9), (False, True)))
-    offsets, flips = torch.tensor([case[:2] for case in cases]), torch.tensor([case[2] for case in cases])
+    offsets, flips = (
+        torch.tensor([case[:2] for case in cases]),
+        torch.tensor([case[2] for case in cases]),
+    )
     index = torch.arange(len(cases)) % 3
     batch = data.augment(data.pad(images), index, offsets, flips)
     assert batch.shape == (162, 3, 32, 32) and batch.is_contiguous(memory_format=torch.channels_last)
@@ -234,7 +254,7 @@ def test_data_synthetic_is_fast_balanced_and_fixed():
 
 def test_train_lr_schedule():
     lr = functools.partial(train.lr_at, total_steps=100, warmup_steps=10, peak=0.4)
-    assert lr(0) == 0.04 and lr(9) == 0.4 and lr(10) == 0.4
+    assert math.isclose(lr(0), 0.04) and lr(9) == 0.4 and lr(10) == 0.4
     assert math.isclose(lr(55), 0.2) and 0 < lr(99) < 0.001
     assert math.isclose(lr(32.5), 0.4 * 0.5 * (1 + math.sqrt(0.5)))
     assert train.lr_at(0, 10, 0, 0.4) == 0.4
@@ -258,7 +278,12 @@ def test_train_precision():
     assert train.select_precision("off", cpu)[0] is None
     refused(lambda argv: train.select_precision("fp16", cpu), [], 2, "--amp fp16")
     try:
-        for capability, dtype in (((7, 5), torch.float16), ((6, 0), torch.float16), ((8, 0), torch.bfloat16), ((9, 0), torch.bfloat16)):
+        for capability, dtype in (
+            ((7, 5), torch.float16),
+            ((6, 0), torch.float16),
+            ((8, 0), torch.bfloat16),
+            ((9, 0), torch.bfloat16),
+        ):
             torch.cuda.get_device_capability = lambda device: capability
             assert train.select_precision("auto", torch.device("cuda:0"))[0] is dtype
     finally:
@@ -274,16 +299,26 @@ def tensors_and_log(run_dir):
         for row in checkpoint.get("history", []):
             for key in clock:
                 row.pop(key)
-        checkpoint["args"] = {key: value for key, value in checkpoint["args"].items() if key not in train.PLACES}
+        checkpoint["args"] = {
+            key: value for key, value in checkpoint["args"].items() if key not in train.PLACES
+        }
         found[name] = checkpoint
-    found["log.csv"] = [{key: value for key, value in row.items() if key not in clock} for row in read_csv(run_dir / "log.csv")]
+    found["log.csv"] = [
+        {key: value for key, value in row.items() if key not in clock}
+        for row in read_csv(run_dir / "log.csv")
+    ]
     return found
 
 
 def equal(a, b):
     """Whether two nested structures are the same, tensors bit for bit."""
     if isinstance(a, torch.Tensor):
-        return isinstance(b, torch.Tensor) and a.dtype == b.dtype and a.shape == b.shape and a.numpy().tobytes() == b.numpy().tobytes()
+        return (
+            isinstance(b, torch.Tensor)
+            and a.dtype == b.dtype
+            and a.shape == b.shape
+            and a.numpy().tobytes() == b.numpy().tobytes()
+        )
     if isinstance(a, dict):
         return isinstance(b, dict) and a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
     if isinstance(a, (list, tuple)):
@@ -325,8 +360,14 @@ def killed_at(call, moment):
 
 def test_train_resume_is_the_same_run_bit_for_bit():
     """Killed where it hurts, before and after each file is moved into place, again and again in one run; then continued."""
-    for name, kills in (("a", [(2, "before"), (2, "after"), (3, "after")]), ("b", [(3, "before"), (4, "before"), (3, "before"), (3, "after")])):
-        run_dir, argv = scratch() / f"killed {name}", [*TINY, "--output-dir", str(scratch() / f"killed {name}"), "--resume"]
+    for name, kills in (
+        ("a", [(2, "before"), (2, "after"), (3, "after")]),
+        ("b", [(3, "before"), (4, "before"), (3, "before"), (3, "after")]),
+    ):
+        run_dir, argv = (
+            scratch() / f"killed {name}",
+            [*TINY, "--output-dir", str(scratch() / f"killed {name}"), "--resume"],
+        )
         for call, moment in kills:
             try:
                 with killed_at(call, moment):
@@ -372,7 +413,13 @@ def interrupted_run(name, epoch, *flags):
 
     train.epoch_plan = stop
     try:
-        refused(train.main, [*TINY, *flags, "--output-dir", run_dir], 130, f"stopped in epoch {epoch}", "--resume" if epoch > 1 else "nothing")
+        refused(
+            train.main,
+            [*TINY, *flags, "--output-dir", run_dir],
+            130,
+            f"stopped in epoch {epoch}",
+            "--resume" if epoch > 1 else "nothing",
+        )
     finally:
         train.epoch_plan = plan
     return run_dir
@@ -381,26 +428,48 @@ def interrupted_run(name, epoch, *flags):
 def test_train_resume_says_what_it_does():
     run_dir = interrupted_run("says", 2)
     refused(train.main, [*TINY, "--output-dir", run_dir], 2, "--resume", "already holds a run")
-    for flag, value, old in (("--lr", "0.2", "0.1"), ("--seed", "1", "42"), ("--epochs", "4", "3"), ("--smoothing", "0.1", "0.0"), ("--amp", "off", "auto")):
-        refused(train.main, [*TINY, flag, value, "--output-dir", run_dir, "--resume"], 2, flag, value, old)
+    for flag, value, old in (
+        ("--lr", "0.2", "0.1"),
+        ("--seed", "1", "42"),
+        ("--epochs", "4", "3"),
+        ("--smoothing", "0.1", "0.0"),
+        ("--amp", "off", "auto"),
+    ):
+        refused(
+            train.main, [*TINY, flag, value, "--output-dir", run_dir, "--resume"], 2, flag, value, old
+        )
     _, printed = quietly(train.main, [*TINY, "--output-dir", str(run_dir), "--resume"])
-    assert "resuming after epoch 1" in printed and equal(tensors_and_log(run_dir), tensors_and_log(straight_run()))
+    assert "resuming after epoch 1" in printed and equal(
+        tensors_and_log(run_dir), tensors_and_log(straight_run())
+    )
     _, printed = quietly(train.main, [*TINY, "--output-dir", str(run_dir), "--resume"])
     assert "already finished after epoch 3" in printed
-    _, printed = quietly(train.main, [*TINY, "--epochs", "2", "--output-dir", str(scratch() / "new"), "--resume"])
+    _, printed = quietly(
+        train.main, [*TINY, "--epochs", "2", "--output-dir", str(scratch() / "new"), "--resume"]
+    )
     assert "nothing to resume" in printed and (scratch() / "new/best.pt").exists()
 
 
 def test_train_stops_early_and_keeps_the_best():
     run_dir = make_run("early", "--epochs", "30", "--patience", "2", "--lr", "1e-9")  # nothing is learnt
-    log, best, last = read_csv(run_dir / "log.csv"), utils.load_checkpoint(run_dir / "best.pt"), utils.load_checkpoint(run_dir / "last.pt")
+    log, best, last = (
+        read_csv(run_dir / "log.csv"),
+        utils.load_checkpoint(run_dir / "best.pt"),
+        utils.load_checkpoint(run_dir / "last.pt"),
+    )
     accuracies = [float(row["val_acc"]) for row in log]
     assert len(log) < 30 and best["epoch"] == len(log) - 2 == last["best_epoch"]
     assert best["val_acc"] == max(accuracies) == accuracies[best["epoch"] - 1]
 
 
 def test_train_divergence_is_one_line_and_keeps_the_checkpoint():
-    refused(train.main, [*TINY, "--lr", "1e30", "--momentum", "0.99", "--output-dir", scratch() / "diverged"], 1, "diverged", "--lr")
+    refused(
+        train.main,
+        [*TINY, "--lr", "1e30", "--momentum", "0.99", "--output-dir", scratch() / "diverged"],
+        1,
+        "diverged",
+        "--lr",
+    )
 
 
 # ---- metrics ---------------------------------------------------------------------------------------------------------
@@ -410,7 +479,9 @@ def test_metrics_macro_scores_by_hand():
     confusion = utils.confusion_matrix([0, 0, 0, 0, 1, 1, 2, 2], [0, 0, 1, 0, 1, 0, 0, 1], 3)
     assert confusion.tolist() == [[3, 1, 0], [1, 1, 0], [1, 1, 0]]
     precision, recall, f1 = utils.macro_scores(confusion)  # class 2 is never predicted: 0/0 counts as 0
-    assert math.isclose(precision, (3 / 5 + 1 / 3 + 0) / 3) and math.isclose(recall, (3 / 4 + 1 / 2 + 0) / 3)
+    assert math.isclose(precision, (3 / 5 + 1 / 3 + 0) / 3) and math.isclose(
+        recall, (3 / 4 + 1 / 2 + 0) / 3
+    )
     assert math.isclose(f1, (6 / 9 + 2 / 5 + 0) / 3)
     try:
         utils.macro_scores(np.zeros((2, 3)))
@@ -434,7 +505,9 @@ def test_metrics_against_loops():
     for i in range(len(labels)):
         weights = [math.exp(z) for z in logits[i]]
         probs = [w / math.fsum(weights) for w in weights]
-        assert math.isclose(scores["confidence"][i], max(probs)) and math.isclose(scores["nll"][i], -math.log(probs[labels[i]]))
+        assert math.isclose(scores["confidence"][i], max(probs)) and math.isclose(
+            scores["nll"][i], -math.log(probs[labels[i]])
+        )
         brier = math.fsum((p - (k == labels[i])) ** 2 for k, p in enumerate(probs))
         assert math.isclose(scores["brier"][i], brier)
         ranked = sorted(range(100), key=lambda k: (-logits[i, k], k))
@@ -445,7 +518,11 @@ def test_metrics_against_loops():
     for b in range(15):
         inside = [i for i in range(len(labels)) if b / 15 < confidence[i] <= (b + 1) / 15]
         if inside:
-            ece += len(inside) / len(labels) * abs(sum(correct[inside]) / len(inside) - sum(confidence[inside]) / len(inside))
+            ece += (
+                len(inside)
+                / len(labels)
+                * abs(sum(correct[inside]) / len(inside) - sum(confidence[inside]) / len(inside))
+            )
     assert math.isclose(utils.calibration_error(confidence, correct), ece, rel_tol=1e-9)
     assert utils.calibration_bins(np.array([1e-9, 1 / 15, 0.0667, 1.0])).tolist() == [0, 0, 1, 14]
 
@@ -457,8 +534,13 @@ def test_metrics_against_loops():
     for _ in range(2000):  # ties: the mean over random orders
         order = np.lexsort((rng.random(len(labels)), -confidence))
         areas.append((np.cumsum(~correct[order]) / np.arange(1, len(labels) + 1)).mean())
-    assert abs(evaluate.area_under_risk_coverage(confidence, correct) - np.mean(areas)) < 4 * np.std(areas) / math.sqrt(2000)
-    assert evaluate.area_under_risk_coverage(np.array([0.9, 0.8, 0.7]), np.array([True, False, True])) == (0 + 1 / 2 + 1 / 3) / 3
+    assert abs(evaluate.area_under_risk_coverage(confidence, correct) - np.mean(areas)) < 4 * np.std(
+        areas
+    ) / math.sqrt(2000)
+    assert (
+        evaluate.area_under_risk_coverage(np.array([0.9, 0.8, 0.7]), np.array([True, False, True]))
+        == (0 + 1 / 2 + 1 / 3) / 3
+    )
 
 
 def test_metrics_temperature_is_where_the_derivative_vanishes():
@@ -473,7 +555,9 @@ def test_metrics_temperature_is_where_the_derivative_vanishes():
 
 def test_metrics_intervals():
     low, high = evaluate.wilson_interval(np.array([0, 5, 10]), np.array([10, 10, 10]))
-    assert np.allclose(low, [0, 0.2366, 0.7225], atol=1e-4) and np.allclose(high, [0.2775, 0.7634, 1], atol=1e-4)  # Newcombe 1998
+    assert np.allclose(low, [0, 0.2366, 0.7225], atol=1e-4) and np.allclose(
+        high, [0.2775, 0.7634, 1], atol=1e-4
+    )  # Newcombe 1998
     rng = np.random.default_rng(0)
     labels = np.arange(10_000) % 100
     pred = np.where(rng.random(10_000) < 0.7, labels, (labels + 1) % 100)
@@ -481,16 +565,28 @@ def test_metrics_intervals():
     intervals = evaluate.bootstrap_intervals(evaluate.image_scores(logits, labels), labels)
     low, high = intervals["accuracy"]
     accuracy = (pred == labels).mean()
-    assert low < accuracy < high and abs((high - low) / (2 * 1.96 * math.sqrt(accuracy * (1 - accuracy) / 10_000)) - 1) < 0.1
-    assert np.allclose(intervals["macro_recall"], intervals["accuracy"])  # equally many images of each class
-    assert 0.0 <= intervals["errors_within_superclass"][0] <= intervals["errors_within_superclass"][1] <= 1.0
+    assert (
+        low < accuracy < high
+        and abs((high - low) / (2 * 1.96 * math.sqrt(accuracy * (1 - accuracy) / 10_000)) - 1) < 0.1
+    )
+    assert np.allclose(
+        intervals["macro_recall"], intervals["accuracy"]
+    )  # equally many images of each class
+    assert (
+        0.0
+        <= intervals["errors_within_superclass"][0]
+        <= intervals["errors_within_superclass"][1]
+        <= 1.0
+    )
 
 
 def test_metrics_null_calibration_error_is_what_a_calibrated_model_shows():
     rng = np.random.default_rng(3)
     confidence = rng.uniform(0.5, 1, 5000)
     own = [utils.calibration_error(confidence, rng.random(5000) < confidence) for _ in range(50)]
-    assert abs(evaluate.null_calibration_error(confidence) - np.mean(own)) < 5 * np.std(own) / math.sqrt(50)
+    assert abs(evaluate.null_calibration_error(confidence) - np.mean(own)) < 5 * np.std(own) / math.sqrt(
+        50
+    )
 
 
 def test_metrics_extremes():
@@ -500,8 +596,14 @@ def test_metrics_extremes():
         perfect = evaluate.compute_metrics(logits, labels, logits, labels)[0]
         hopeless = evaluate.compute_metrics(logits, (labels + 1) % 100, logits, labels)[0]
         single = evaluate.compute_metrics(logits[:1], labels[:1], logits, labels)[0]
-    assert perfect["accuracy"] == 1 == perfect["macro_f1"] and perfect["errors_within_superclass"] is None is perfect["auroc_failure"]
-    assert hopeless["accuracy"] == 0 == hopeless["macro_f1"] and hopeless["aurc"] == 1 == hopeless["confident_errors"]
+    assert (
+        perfect["accuracy"] == 1 == perfect["macro_f1"]
+        and perfect["errors_within_superclass"] is None is perfect["auroc_failure"]
+    )
+    assert (
+        hopeless["accuracy"] == 0 == hopeless["macro_f1"]
+        and hopeless["aurc"] == 1 == hopeless["confident_errors"]
+    )
     assert single["images"] == 1 and single["macro_recall"] == 0.01
     for metrics in (perfect, hopeless, single):
         assert "NaN" not in json.dumps(metrics) and "Infinity" not in json.dumps(metrics)
@@ -525,7 +627,9 @@ def test_gradcam_identities_at_layer4():
     targets = torch.tensor([0, 5, 5, 99, 42, 17])
     maps = gradcam.grad_cam(model, images, targets)
     features = {}
-    handle = model.layer4.register_forward_hook(lambda module, inputs, output: features.update(out=output))
+    handle = model.layer4.register_forward_hook(
+        lambda module, inputs, output: features.update(out=output)
+    )
     with torch.no_grad():
         logits = model(images)
     handle.remove()
@@ -550,7 +654,9 @@ def test_gradcam_at_other_layers_follows_the_definition():
             shifted[0][0, k] += step
             shifted[1][0, k] -= step
             up, down = (head(tail(a).mean((2, 3)))[0, 7] for a in shifted)
-            alpha.append((up - down) / (2 * step) / activations[0, k].numel())  # all cells moved together: the sum of d y / d A
+            alpha.append(
+                (up - down) / (2 * step) / activations[0, k].numel()
+            )  # all cells moved together: the sum of d y / d A
         expected = torch.einsum("k,khw->hw", torch.stack(alpha), activations[0])
     model.float()
     ours = gradcam.grad_cam(model, images[:1], torch.tensor([7]), "layer3")[0]
@@ -562,7 +668,9 @@ def test_gradcam_batch_modes_and_traces():
     targets = torch.arange(6)
     for layer in ("layer4", "layer3", "layer2.0", "conv1", "layer4.1.conv2"):
         together = gradcam.grad_cam(model, images, targets, layer)
-        single = torch.cat([gradcam.grad_cam(model, images[n : n + 1], targets[n : n + 1], layer) for n in range(6)])
+        single = torch.cat(
+            [gradcam.grad_cam(model, images[n : n + 1], targets[n : n + 1], layer) for n in range(6)]
+        )
         assert torch.allclose(together, single, rtol=1e-3, atol=1e-6), layer
     maps = gradcam.grad_cam(model, images, targets)
     model.train()
@@ -586,8 +694,15 @@ def test_gradcam_with_a_relu_in_place_after_the_layer():
     torch.manual_seed(0)
     conv, fc = torch.nn.Conv2d(3, 5, 3, padding=1), torch.nn.Linear(5, 100)
     images, targets = torch.randn(2, 3, 8, 8), torch.tensor([1, 2])
-    in_place, plain = (torch.nn.Sequential(conv, torch.nn.ReLU(flag), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), fc) for flag in (True, False))
-    assert torch.equal(gradcam.grad_cam(in_place, images, targets, "0"), gradcam.grad_cam(plain, images, targets, "0"))
+    in_place, plain = (
+        torch.nn.Sequential(
+            conv, torch.nn.ReLU(flag), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), fc
+        )
+        for flag in (True, False)
+    )
+    assert torch.equal(
+        gradcam.grad_cam(in_place, images, targets, "0"), gradcam.grad_cam(plain, images, targets, "0")
+    )
 
 
 def test_gradcam_border_energy():
@@ -596,7 +711,12 @@ def test_gradcam_border_energy():
     maps[1, 3:5, 3:5] = 1
     maps[2, 0, 0] = 1
     energy = gradcam.border_energy(maps)
-    assert math.isclose(energy[0], 0.4375, rel_tol=1e-5) and energy[1] == 0 and energy[2] > 0.8 and energy[3].isnan()
+    assert (
+        math.isclose(energy[0], 0.4375, rel_tol=1e-5)
+        and energy[1] == 0
+        and energy[2] > 0.8
+        and energy[3].isnan()
+    )
     maps[0, 4, 4] = -5  # negative cells do not count
     assert gradcam.border_energy(maps)[0] > 0.4375
 
@@ -625,11 +745,16 @@ def test_gradcam_reads_any_image():
     for name, (image, options, word) in cases.items():
         image.save(scratch() / name, **options)
         pixels, done = gradcam.read_image(scratch() / name)
-        assert pixels.shape == (32, 32, 3) and pixels.dtype == np.uint8 and word in ", ".join(done), (name, done)
+        assert pixels.shape == (32, 32, 3) and pixels.dtype == np.uint8 and word in ", ".join(done), (
+            name,
+            done,
+        )
         assert word or not done
     assert (gradcam.read_image(scratch() / "clear.png")[0] == 255).all()  # white, not the hidden red
     values = gradcam.read_image(scratch() / "wide.png")[0][..., 0]
-    assert values[0, 0] == 0 and values[-1, -1] == 255 and 100 < values[16, 0] < 156  # not clipped to white
+    assert (
+        values[0, 0] == 0 and values[-1, -1] == 255 and 100 < values[16, 0] < 156
+    )  # not clipped to white
     assert gradcam.read_image(scratch() / "rotated.jpg")[1][1].endswith("40x60 to 32x32")
 
 
@@ -646,11 +771,20 @@ def test_chain_learns_and_writes_everything():
         assert (baseline / name).exists() and (smoothed / name).exists(), name
     for name in ("failures.csv", "failures.png", "gradcam.csv", "gradcam.png"):
         assert (baseline / name).exists(), name
-    metrics, config = (json.loads((baseline / name).read_text()) for name in ("metrics.json", "config.json"))
-    assert 0.05 < 1 - metrics["accuracy"] < 0.5, metrics["accuracy"]  # learnt, and left something to fail at
-    assert config["dataset"] == "synthetic" and config["finished"] and config["threads"] == torch.get_num_threads()
+    metrics, config = (
+        json.loads((baseline / name).read_text()) for name in ("metrics.json", "config.json")
+    )
+    assert 0.05 < 1 - metrics["accuracy"] < 0.3, metrics[
+        "accuracy"
+    ]  # learnt, and left something to fail at
+    assert metrics["confident_errors"] > 0
+    assert (
+        config["dataset"] == "synthetic"
+        and config["finished"]
+        and config["threads"] == torch.get_num_threads()
+    )
     assert all("SYNTHETIC" in text for text in printed[:4]) and "next: python evaluate.py" in printed[0]
-    assert "published study" in printed[2] and "65.96" in printed[2]
+    assert "published study" not in printed[2]  # whose numbers are of real images
     wanted = (
         "accuracy macro_precision macro_recall macro_f1 top5_accuracy nll brier ece ece_null mean_confidence signed_gap aurc auroc_failure "
         "temperature nll_scaled ece_scaled superclass_accuracy errors_within_superclass confident_errors ci95"
@@ -662,7 +796,9 @@ def test_chain_learns_and_writes_everything():
 
 def test_chain_keeps_row_order_and_agrees_with_itself():
     baseline = chain()[0][0]
-    logits, labels, confusion = (np.load(baseline / name) for name in ("test_logits.npy", "test_labels.npy", "confusion.npy"))
+    logits, labels, confusion = (
+        np.load(baseline / name) for name in ("test_logits.npy", "test_labels.npy", "confusion.npy")
+    )
     assert logits.shape == (10_000, 100) and logits.dtype == np.float32 and labels.dtype == np.int64
     images, true_labels = data.load_synthetic(train=False)
     assert (labels == true_labels.numpy()).all()
@@ -672,34 +808,62 @@ def test_chain_keeps_row_order_and_agrees_with_itself():
     some = [0, 1, 4_999, 9_999]
     with torch.no_grad():
         mean, std = (torch.tensor(values)[:, None, None] for values in (data.MEAN, data.STD))
-        direct = torch.cat([model.eval()(((images[i].permute(2, 0, 1) / 255 - mean) / std)[None]) for i in some])
+        direct = torch.cat(
+            [model.eval()(((images[i].permute(2, 0, 1) / 255 - mean) / std)[None]) for i in some]
+        )
     assert np.allclose(direct, logits[some], atol=1e-3)
     metrics = json.loads((baseline / "metrics.json").read_text())
-    assert math.isclose(np.trace(confusion) / confusion.sum(), metrics["accuracy"]) and confusion.sum() == 10_000
+    assert (
+        math.isclose(np.trace(confusion) / confusion.sum(), metrics["accuracy"])
+        and confusion.sum() == 10_000
+    )
     assert math.isclose((logits.argmax(1) == labels).mean(), metrics["accuracy"])
     rows = read_csv(baseline / "per_class.csv")
     assert math.isclose(np.mean([float(row["accuracy"]) for row in rows]), metrics["macro_recall"])
     assert math.isclose(np.mean([float(row["f1"]) for row in rows]), metrics["macro_f1"])
     # bf16 or float32, the validation accuracy of training is that of evaluation, give or take a few images
     val_logits, val_labels = np.load(baseline / "val_logits.npy"), np.load(baseline / "val_labels.npy")
-    assert len(val_labels) == 500 and abs((val_logits.argmax(1) == val_labels).mean() - checkpoint["val_acc"]) < 0.02
+    assert (
+        len(val_labels) == 500
+        and abs((val_logits.argmax(1) == val_labels).mean() - checkpoint["val_acc"]) < 0.02
+    )
 
 
 def test_chain_failures():
     (baseline, smoothed), printed = chain()
     rows = read_csv(baseline / "failures.csv")
-    assert list(rows[0])[:6] == "index,true,predicted,confidence,true_probability,same_superclass".split(",")
-    probs, labels = np.exp(utils.log_softmax(np.load(baseline / "test_logits.npy"))), np.load(baseline / "test_labels.npy")
+    assert list(rows[0])[:6] == "index,true,predicted,confidence,true_probability,same_superclass".split(
+        ","
+    )
+    probs, labels = (
+        np.exp(utils.log_softmax(np.load(baseline / "test_logits.npy"))),
+        np.load(baseline / "test_labels.npy"),
+    )
     other = np.load(smoothed / "test_logits.npy").argmax(1)
-    expected = sorted((-probs[i].max(), i) for i in range(10_000) if probs[i].argmax() != labels[i] and probs[i].max() > 0.5)
+    expected = sorted(
+        (-probs[i].max(), i)
+        for i in range(10_000)
+        if probs[i].argmax() != labels[i] and probs[i].max() > 0.5
+    )
     assert [int(row["index"]) for row in rows] == [i for _, i in expected] and len(rows) > 10
     for row in rows[:20]:
         i = int(row["index"])
-        assert row["true"] == f"synthetic_{labels[i]:02d}" and math.isclose(float(row["true_probability"]), probs[i, labels[i]])
-        fate = "repaired" if other[i] == labels[i] else "same wrong class" if other[i] == probs[i].argmax() else "new wrong class"
+        assert row["true"] == f"synthetic_{labels[i]:02d}" and math.isclose(
+            float(row["true_probability"]), probs[i, labels[i]]
+        )
+        fate = (
+            "repaired"
+            if other[i] == labels[i]
+            else "same wrong class"
+            if other[i] == probs[i].argmax()
+            else "new wrong class"
+        )
         assert row["outcome"] == fate
     assert sum(row["representative"] == "1" for row in rows) == 3 and rows[0]["representative"] == "1"
-    assert f"{len(rows):,} of them with confidence above 0.5" in printed[3]
+    assert (
+        f"{len(rows):,} SYNTHETIC data test images that are wrong with confidence above 0.5"
+        in printed[3]
+    )
 
 
 def test_chain_failures_representative_rule():
@@ -714,13 +878,23 @@ def test_chain_failures_representative_rule():
 def test_chain_gradcam():
     baseline = chain()[0][0]
     failed, explained = read_csv(baseline / "failures.csv"), read_csv(baseline / "gradcam.csv")
-    assert [row["image"] for row in explained] == [f"image {row['index']}" for row in failed]
-    logits, bias = np.load(baseline / "test_logits.npy"), utils.load_checkpoint(baseline / "best.pt")["model"]["fc.bias"].numpy()
+    assert [row["index"] for row in explained] == [row["index"] for row in failed]
+    logits, bias = (
+        np.load(baseline / "test_logits.npy"),
+        utils.load_checkpoint(baseline / "best.pt")["model"]["fc.bias"].numpy(),
+    )
     for row, failure in zip(explained[:20], failed):
-        target = int(row["target"][-2:])  # the sum over the cells is the logit without its bias, through the whole chain
-        assert math.isclose(float(row["map_sum"]) + bias[target], logits[int(failure["index"]), target], abs_tol=1e-3)
+        target = int(
+            row["target"][-2:]
+        )  # the sum over the cells is the logit without its bias, through the whole chain
+        assert math.isclose(
+            float(row["map_sum"]) + bias[target], logits[int(failure["index"]), target], abs_tol=1e-3
+        )
     run_dir = copy_of_run("explained", "last.pt")
-    rows, printed = quietly(gradcam.main, [str(run_dir), "--index", "3", "3", "141", "--layer", "layer3", "--target", "synthetic_07"])
+    rows, printed = quietly(
+        gradcam.main,
+        [str(run_dir), "--index", "3", "3", "141", "--layer", "layer3", "--target", "synthetic_07"],
+    )
     assert len(rows) == 2 and rows[0]["target"] == "synthetic_07" and "8x8 cells at layer3" in printed
     from PIL import Image
 
@@ -732,7 +906,7 @@ def test_chain_gradcam():
 def test_chain_evaluates_again_without_checkpoint_and_data():
     run_dir = copy_of_run("logits only", "*.pt", "*.png", "failures.csv")
     for name in ("test_logits.npy", "val_logits.npy"):
-        utils.write_array(run_dir / name, np.load(run_dir / name).astype(np.float16))
+        evaluate.write_array(run_dir / name, np.load(run_dir / name).astype(np.float16))
     (run_dir / "metrics.json").unlink()
     data.load_synthetic.cache_clear()
     before, load = json.loads((chain()[0][0] / "metrics.json").read_text()), evaluate.load_dataset
@@ -741,7 +915,10 @@ def test_chain_evaluates_again_without_checkpoint_and_data():
         metrics = quietly(evaluate.main, [str(run_dir)])[0][str(run_dir)]
     finally:
         evaluate.load_dataset = load
-    assert abs(metrics["accuracy"] - before["accuracy"]) < 0.001 and abs(metrics["nll"] - before["nll"]) < 0.001
+    assert (
+        abs(metrics["accuracy"] - before["accuracy"]) < 0.001
+        and abs(metrics["nll"] - before["nll"]) < 0.001
+    )
     assert (run_dir / "confusion.png").exists()
 
 
@@ -777,9 +954,9 @@ def test_bad_arguments():
         (train, "--patience -1", "--patience -1"), (train, "--width 0", "--width 0"), (train, "--amp fp16 --device cpu", "--amp fp16"),
         (train, "--dataset imagenet", "imagenet"), (train, f"--output-dir {shlex.quote(__file__)}", "--output-dir"),
         (evaluate, "", "RUN"), (evaluate, elsewhere, "train.py"), (evaluate, f"{run} --device cuda:77", "cuda:77"), (evaluate, f"{run} --bins 3", "--bins"),
-        (evaluate, f"{run} --dataset cifar100", "synthetic"), (failures, elsewhere, "evaluate.py"), (failures, f"{run} --top 0", "--top 0"),
+        (evaluate, f"{run} --dataset cifar100", "synthetic"), (failures, elsewhere, "train.py"), (failures, f"{run} --top 0", "--top 0"),
         (failures, f"{run} --top -1", "--top -1"), (failures, f"{run} --threshold 1.5", "--threshold 1.5"), (failures, f"{run} --threshold nan", "nan"),
-        (failures, f"{run} --compare {elsewhere}", "evaluate.py"), (failures, f"{run} --device foo", "foo"),
+        (failures, f"{run} --compare {elsewhere}", "train.py"), (evaluate, f"{run} {elsewhere}", "train.py"), (failures, f"{run} --device foo", "foo"),
         (gradcam, elsewhere, "train.py"), (gradcam, f"{run} --index -1", "0..9999"), (gradcam, f"{run} --index 10000", "0..9999"),
         (gradcam, f"{run} --index abc", "abc"), (gradcam, f"{run} --index 1 --image x.png", "not allowed"),
         (gradcam, f"{run} --index {' '.join(map(str, range(65)))}", "64"), (gradcam, f"{run} --index 1 --target 100", "0..99"),
@@ -826,7 +1003,14 @@ def test_bad_checkpoints():
     flipped = bytearray(good)
     flipped[len(good) // 2] ^= 1  # in a tensor; torch.load does not notice
     torch.load(io.BytesIO(flipped), weights_only=True)
-    other = {name: torch.zeros(10, tensor.shape[1]) if name == "fc.weight" else torch.zeros(10) if name == "fc.bias" else tensor for name, tensor in state.items()}
+    other = {
+        name: torch.zeros(10, tensor.shape[1])
+        if name == "fc.weight"
+        else torch.zeros(10)
+        if name == "fc.bias"
+        else tensor
+        for name, tensor in state.items()
+    }
     stem = state | {"conv1.weight": torch.zeros(16, 3, 7, 7)}
     table = {
         "empty": (b"", "not a checkpoint"), "text": (b"hello\n" * 99, "not a checkpoint"), "html": (b"<!DOCTYPE html><html>" * 99, "not a checkpoint"),
@@ -841,14 +1025,24 @@ def test_bad_checkpoints():
         "missing keys": (saved(checkpoint | {"model": {}}), "another network"),
     }  # fmt: skip
     arguments = {**vars(train.parse_args(["--output-dir", str(run_dir)])), **checkpoint["args"]}
-    flags = [f"--{key.replace('_', '-')}={value}" for key, value in arguments.items() if key not in train.PLACES and value not in (None, False)]
+    flags = [
+        f"--{key.replace('_', '-')}={value}"
+        for key, value in arguments.items()
+        if key not in train.PLACES and value not in (None, False)
+    ]
     for name, (content, word) in table.items():
         (run_dir / "best.pt").write_bytes(content)
         refused(gradcam.main, [run_dir, "--index", "1"], 2, "best.pt", word)
         refused(evaluate.main, [run_dir], 2, "best.pt", word)
         (run_dir / "last.pt").write_bytes(content)
         argv = [*flags, "--dataset", "synthetic", "--device", "cpu", "--output-dir", run_dir, "--resume"]
-        refused(train.main, argv, 2, "last.pt", word if name not in ("10 classes", "another stem", "NaN", "missing keys") else "best.pt")
+        refused(
+            train.main,
+            argv,
+            2,
+            "last.pt",
+            word if name not in ("10 classes", "another stem", "NaN", "missing keys") else "best.pt",
+        )
     assert not (scratch() / "pwned").exists()
     (run_dir / "best.pt").unlink()
     refused(evaluate.main, [run_dir], 2, "no ", "best.pt", "train.py")
@@ -856,7 +1050,12 @@ def test_bad_checkpoints():
     for name, content in {
         "DataParallel": checkpoint | {"model": {f"module.{key}": value for key, value in state.items()}},
         "compiled": checkpoint | {"model": {f"_orig_mod.{key}": value for key, value in state.items()}},
-        "half": checkpoint | {"model": {key: value.half() if value.is_floating_point() else value for key, value in state.items()}},
+        "half": checkpoint
+        | {
+            "model": {
+                key: value.half() if value.is_floating_point() else value for key, value in state.items()
+            }
+        },
     }.items():
         (run_dir / "best.pt").write_bytes(saved(content))
         assert len(quietly(gradcam.main, [str(run_dir), "--index", "1"])[0]) == 1, name
@@ -871,7 +1070,10 @@ def npy(array, **options):
 def test_bad_logits():
     run_dir = copy_of_run("bad logits", "*.png", "*.pt", "metrics.json")
     logits, labels = np.load(run_dir / "test_logits.npy"), np.load(run_dir / "test_labels.npy")
-    spoilt = {value: np.where((np.arange(10_000) == 77)[:, None], value, logits) for value in (math.nan, math.inf, -math.inf)}
+    spoilt = {
+        value: np.where((np.arange(10_000) == 77)[:, None], value, logits)
+        for value in (math.nan, math.inf, -math.inf)
+    }
     giant = npy(logits)[:128].replace(b"(10000, 100), }      ", b"(10000000000, 100), }")  # 4 TB
     pickled = io.BytesIO()
     np.savez(pickled, payload=np.array([Payload()], dtype=object))
@@ -879,8 +1081,8 @@ def test_bad_logits():
         ("test_logits.npy", content, word)
         for content, word in (
             (b"", "not readable"), (b"hello", "not readable"), (npy(logits)[:999_999], "not readable"), (giant, "not readable"),
-            (npy(np.array([Payload()], dtype=object), allow_pickle=True), "pickled objects"), (pickle.dumps(Payload()), "pickled objects"),
-            (pickled.getvalue(), "an archive"), (npy(logits[:, :10]), "(10000, 10)"), (npy(logits[0]), "(100,)"), (npy(logits[:9999]), "9999"), (npy(logits[:0]), "(0, 100)"),
+            (npy(np.array([Payload()], dtype=object), allow_pickle=True), "pickled objects"), (pickle.dumps(Payload()), "not readable"),
+            (pickled.getvalue(), "not readable"), (npy(logits[:, :10]), "(10000, 10)"), (npy(logits[0]), "(100,)"), (npy(logits[:9999]), "9999"), (npy(logits[:0]), "(0, 100)"),
             (npy(logits.astype(complex)), "complex"), (npy(logits.astype(int)), "int64"), (npy(logits.astype(str)), "<U"),
             (npy(spoilt[math.nan]), "row 77"), (npy(spoilt[math.inf]), "row 77"), (npy(spoilt[-math.inf]), "row 77"),
         )
@@ -903,16 +1105,22 @@ def test_bad_logits():
         refused(failures.main, [run_dir], 2, f"no {run_dir / name}", "evaluate.py")
         (run_dir / name).write_bytes(good)
     # Labels of another data set, and files that are not those that metrics.json was made from.
-    utils.write_array(run_dir / "test_labels.npy", np.roll(labels, 1))
+    evaluate.write_array(run_dir / "test_labels.npy", np.roll(labels, 1))
     refused(failures.main, [run_dir], 2, "differs from the data set")
     (run_dir / "failures.csv").unlink()
     shutil.copy(chain()[0][0] / "metrics.json", run_dir)
-    refused(failures.main, [run_dir], 2, "test_labels.npy is not the file that metrics.json was made from", "--refresh")
-    utils.write_array(run_dir / "test_labels.npy", labels)
+    refused(
+        failures.main,
+        [run_dir],
+        2,
+        "test_labels.npy is not the file that metrics.json was made from",
+        "delete metrics.json",
+    )
+    evaluate.write_array(run_dir / "test_labels.npy", labels)
     quietly(failures.main, [str(run_dir)])
     # Probabilities are allowed, but not in silence.
     (run_dir / "metrics.json").unlink()
-    utils.write_array(run_dir / "test_logits.npy", np.exp(utils.log_softmax(logits)))
+    evaluate.write_array(run_dir / "test_logits.npy", np.exp(utils.log_softmax(logits)))
     assert "looks like probabilities" in quietly(failures.main, [str(run_dir)])[1]
 
 
@@ -920,10 +1128,21 @@ def test_bad_failures_csv():
     run_dir = copy_of_run("bad csv", "*.png", "last.pt")
     good = (run_dir / "failures.csv").read_text()
     header, first, *rest = good.splitlines()
-    for content in ("", "hello\n", header + "\n" + first + "\n" + first, f"{header}\n{first.replace(first.split(',')[0], '10000', 1)}", "\0", f"{header}\n1,2,3"):
+    for content in (
+        "",
+        "hello\n",
+        header + "\n" + first + "\n" + first,
+        f"{header}\n{first.replace(first.split(',')[0], '10000', 1)}",
+        "\0",
+        f"{header}\n1,2,3",
+    ):
         (run_dir / "failures.csv").write_text(content)
         refused(gradcam.main, [run_dir], 2, "failures.csv", "failures.py")
-    (run_dir / "failures.csv").write_text(good.replace(first.split(",")[2], "synthetic_77" if "synthetic_77" not in first else "synthetic_78"))
+    (run_dir / "failures.csv").write_text(
+        good.replace(
+            first.split(",")[2], "synthetic_77" if "synthetic_77" not in first else "synthetic_78"
+        )
+    )
     refused(gradcam.main, [run_dir], 2, "not of this best.pt")
     (run_dir / "failures.csv").unlink()
     refused(gradcam.main, [run_dir], 2, "no ", "failures.py")
@@ -932,7 +1151,7 @@ def test_bad_failures_csv():
 def test_nothing_to_show_is_no_error():
     run_dir = copy_of_run("sure", "*.png", "last.pt", "metrics.json")
     labels = np.load(run_dir / "test_labels.npy")
-    utils.write_array(run_dir / "test_logits.npy", 9.0 * (np.arange(100) == labels[:, None]))
+    evaluate.write_array(run_dir / "test_logits.npy", 9.0 * (np.arange(100) == labels[:, None]))
     (run_dir / "failures.png").write_text("of another time")
     rows, printed = quietly(failures.main, [str(run_dir)])
     assert rows == [] and "nothing to show" in printed and not (run_dir / "failures.png").exists()
@@ -990,7 +1209,12 @@ def test_bad_downloads():
     with tarfile.open(fileobj=archive, mode="w:gz") as tar:
         member = tarfile.TarInfo("../pwned")
         tar.addfile(member, io.BytesIO())
-    answers = {"503": (503, b""), "html": (200, b"<html>login</html>"), "evil": (200, archive.getvalue()), "cut": (200, None)}
+    answers = {
+        "503": (503, b""),
+        "html": (200, b"<html>login</html>"),
+        "evil": (200, archive.getvalue()),
+        "cut": (200, None),
+    }
 
     for name, (status, body) in answers.items():
 
@@ -1008,9 +1232,22 @@ def test_bad_downloads():
                 pass
 
         url, stop = serve(Handler)
-        refused(lambda argv: data.load_cifar100(scratch() / f"download {name}", url=url), [], 1, url, "--data-dir", "--data-url", "eb9058c3")
+        refused(
+            lambda argv: data.load_cifar100(scratch() / f"download {name}", url=url),
+            [],
+            1,
+            url,
+            "--data-dir",
+            "--data-url",
+            "eb9058c3",
+        )
         stop()
-    refused(lambda argv: data.load_cifar100(scratch() / "download", url="http://127.0.0.1:9/x"), [], 1, "refused")
+    refused(
+        lambda argv: data.load_cifar100(scratch() / "download", url="http://127.0.0.1:9/x"),
+        [],
+        1,
+        "refused",
+    )
     refused(lambda argv: data.load_cifar100(scratch() / "download", url="nonsense"), [], 1, "nonsense")
     assert not (scratch() / "pwned").exists() and not list(scratch().glob("download*/cifar-100-python"))
 
@@ -1042,13 +1279,20 @@ def test_download_works():
             pass
 
     url, stop = serve(Handler)
-    md5, torchvision.datasets.CIFAR100.tgz_md5 = torchvision.datasets.CIFAR100.tgz_md5, hashlib.md5(archive.getvalue()).hexdigest()
+    md5, torchvision.datasets.CIFAR100.tgz_md5 = (
+        torchvision.datasets.CIFAR100.tgz_md5,
+        hashlib.md5(archive.getvalue()).hexdigest(),
+    )
     try:
-        (images, labels), printed = quietly(lambda: data.load_cifar100(scratch() / "fetched", train=False, url=url))
+        (images, labels), printed = quietly(
+            lambda: data.load_cifar100(scratch() / "fetched", train=False, url=url)
+        )
     finally:
         torchvision.datasets.CIFAR100.tgz_md5 = md5
         stop()
-    assert len(images) == 10_000 and "downloading" in printed and "%" in printed  # it shows that it moves
+    assert (
+        len(images) == 10_000 and "downloading" in printed and "%" in printed
+    )  # it shows that it moves
     shutil.rmtree(scratch() / "fetched")
 
 
@@ -1060,12 +1304,30 @@ def test_places_exit_codes_and_one_line():
     for argv, code, word in (
         (["train.py", "--lr", "-1"], 2, "train.py: error: --lr -1.0"),
         (["evaluate.py", scratch() / "nowhere"], 2, "evaluate.py: error: no "),
-        (["train.py", "--data-url", "http://127.0.0.1:9/x", "--data-dir", scratch() / "empty", "--output-dir", scratch() / "no data"], 1, "train.py: error: cannot get CIFAR-100"),
+        (
+            [
+                "train.py",
+                "--data-url",
+                "http://127.0.0.1:9/x",
+                "--data-dir",
+                scratch() / "empty",
+                "--output-dir",
+                scratch() / "no data",
+            ],
+            1,
+            "train.py: error: cannot get CIFAR-100",
+        ),
         (["failures.py", run_dir, "--threshold", "0.5", "--device", "cpu"], 0, ""),
     ):
         done = script(*argv)
-        assert done.returncode == code and done.stderr.startswith(word) and done.stderr.count("\n") == (code > 0), (argv, done.stderr)
-        assert "Traceback" not in done.stderr and "\r" not in done.stdout  # no terminal: whole lines only
+        assert (
+            done.returncode == code
+            and done.stderr.startswith(word)
+            and done.stderr.count("\n") == (code > 0)
+        ), (argv, done.stderr)
+        assert (
+            "Traceback" not in done.stderr and "\r" not in done.stdout
+        )  # no terminal: whole lines only
 
 
 def test_places_signals():
@@ -1074,8 +1336,25 @@ def test_places_signals():
 
     for number, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
         run_dir = scratch() / f"signal {code}"
-        command = [sys.executable, "train.py", *TINY, "--epochs", "2000", "--patience", "0", "--output-dir", str(run_dir)]
-        process = subprocess.Popen(command, cwd=HERE, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        command = [
+            sys.executable,
+            "train.py",
+            *TINY,
+            "--epochs",
+            "2000",
+            "--patience",
+            "0",
+            "--output-dir",
+            str(run_dir),
+        ]
+        process = subprocess.Popen(
+            command,
+            cwd=HERE,
+            env=environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
         while not (run_dir / "log.csv").exists() and process.poll() is None:
             time.sleep(0.05)
         process.send_signal(number)
@@ -1083,7 +1362,14 @@ def test_places_signals():
         assert process.returncode == code, stderr
         assert stderr.count("\n") == 1 and "stopped in epoch" in stderr and "--resume" in stderr, stderr
         utils.load_checkpoint(run_dir / "last.pt")
-    pipe = subprocess.run(f'"{sys.executable}" evaluate.py "{chain()[0][0]}" | head -n 1', shell=True, cwd=HERE, env=environment(), capture_output=True, text=True)
+    pipe = subprocess.run(
+        f'"{sys.executable}" evaluate.py "{chain()[0][0]}" | head -n 1',
+        shell=True,
+        cwd=HERE,
+        env=environment(),
+        capture_output=True,
+        text=True,
+    )
     assert pipe.stderr == "", pipe.stderr
 
 
@@ -1133,7 +1419,13 @@ print(os.path.getsize("curves.png") > 5000)
 """
     folder = scratch() / "notebook"
     folder.mkdir()
-    done = script("-B", "-c", program, cwd=folder, env=environment(MPLBACKEND="module://matplotlib_inline.backend_inline_not_there"))
+    done = script(
+        "-B",
+        "-c",
+        program,
+        cwd=folder,
+        env=environment(MPLBACKEND="module://matplotlib_inline.backend_inline_not_there"),
+    )
     assert done.returncode == 0 and done.stdout == "True\n", done.stderr
 
 
@@ -1152,7 +1444,12 @@ def test_places_read_only_data():
     finally:
         os.environ["HOME"] = home or ""
         folder.chmod(0o755), (folder / "cifar-100-python").chmod(0o755)
-    assert len(images) == 10_000 and sorted(path.name for path in folder.rglob("*")) == ["cifar-100-python", "meta", "test", "train"]
+    assert len(images) == 10_000 and sorted(path.name for path in folder.rglob("*")) == [
+        "cifar-100-python",
+        "meta",
+        "test",
+        "train",
+    ]
 
 
 # ---- long ------------------------------------------------------------------------------------------------------------
@@ -1170,7 +1467,9 @@ def long_test_20_kills_at_random_instants():
         run_dir, rounds = scratch() / f"tormented {rounds}", rounds + 1
         while True:
             command = [sys.executable, "train.py", *flags, "--output-dir", str(run_dir), "--resume"]
-            process = subprocess.Popen(command, cwd=HERE, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+            process = subprocess.Popen(
+                command, cwd=HERE, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+            )
             try:
                 process.wait(rng.uniform(0.3, 1) * whole)
             except subprocess.TimeoutExpired:
@@ -1215,9 +1514,26 @@ def long_test_500_mutations():
     picture = scratch() / "mutated.png"
     Image.fromarray(np.random.default_rng(5).integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(picture)
     checkpoint = utils.load_checkpoint(run_dir / "last.pt")
-    flags = [f"--{key.replace('_', '-')}={value}" for key, value in checkpoint["args"].items() if key not in train.PLACES and value not in (None, False)]
-    resume = [*flags, "--dataset", "synthetic", "--device", "cpu", "--output-dir", str(run_dir), "--resume"]
-    explain, evaluation, failed = [str(run_dir), "--index", "1", "2"], [str(run_dir)], [str(run_dir), "--threshold", "0.5"]
+    flags = [
+        f"--{key.replace('_', '-')}={value}"
+        for key, value in checkpoint["args"].items()
+        if key not in train.PLACES and value not in (None, False)
+    ]
+    resume = [
+        *flags,
+        "--dataset",
+        "synthetic",
+        "--device",
+        "cpu",
+        "--output-dir",
+        str(run_dir),
+        "--resume",
+    ]
+    explain, evaluation, failed = (
+        [str(run_dir), "--index", "1", "2"],
+        [str(run_dir)],
+        [str(run_dir), "--threshold", "0.5"],
+    )
     save_figure = utils.save_figure
     utils.save_figure = lambda figure, path: None  # the slow part, and not what is tested
     rng, outcomes = np.random.default_rng(int(time.time())), {}
@@ -1232,7 +1548,11 @@ def long_test_500_mutations():
         ):
             good = path.read_bytes()
             expected = {module: quietly(module.main, argv)[0] for module, argv in calls}
-            others = {other: other.read_bytes() for other in run_dir.iterdir() if other.is_file() and other != path}
+            others = {
+                other: other.read_bytes()
+                for other in run_dir.iterdir()
+                if other.is_file() and other != path
+            }
             for damaged in mutations(good, count, rng):
                 for module, argv in calls:
                     path.write_bytes(damaged)
@@ -1257,7 +1577,11 @@ def long_test_500_mutations():
 
 
 def run_tests(patterns, long):
-    tests = [f for name, f in globals().items() if name.startswith(("test_", "long_test_") if long else "test_")]
+    tests = [
+        f
+        for name, f in globals().items()
+        if name.startswith(("test_", "long_test_") if long else "test_")
+    ]
     tests = [f for f in tests if not patterns or any(pattern in f.__name__ for pattern in patterns)]
     counts = {"passed": 0, "failed": 0, "skipped": 0}
     for test in tests:

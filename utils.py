@@ -25,7 +25,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-BLUE, VERMILION, GRAY = "#0072B2", "#D55E00", "#999999"  # Okabe and Ito: told apart by colour-blind readers too
+BLUE, VERMILION, GRAY = (
+    "#0072B2",
+    "#D55E00",
+    "#999999",
+)  # Okabe and Ito: told apart by colour-blind readers too
 
 
 # ---- errors and the command line -------------------------------------------------------------------------------------
@@ -46,15 +50,19 @@ class Terminated(KeyboardInterrupt):
     """SIGTERM, raised as an exception so that `finally` and `with` clean up as they do after Ctrl-C."""
 
 
-class ArgumentParser(argparse.ArgumentParser):
-    """argparse that shows defaults in --help, takes no abbreviations, and raises ScriptError instead of SystemExit.
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    def _get_help_string(self, action):
+        return action.help if action.default in (None, False) else super()._get_help_string(action)
 
-    The help's first paragraph is the script's docstring. A notebook cell that calls main([...]) gets an exception.
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse that prints the docstring and the defaults in --help and takes no abbreviations.
+
+    It raises ScriptError instead of SystemExit, so that main([...]) in a notebook cell raises an ordinary exception.
     """
 
     def __init__(self, docstring):
-        formatter = type("", (argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter), {})
-        super().__init__(description=docstring, formatter_class=formatter, allow_abbrev=False)
+        super().__init__(description=docstring, formatter_class=HelpFormatter, allow_abbrev=False)
 
     def error(self, message):
         raise ScriptError(f"{message}; {self.prog} --help lists the arguments")
@@ -62,7 +70,9 @@ class ArgumentParser(argparse.ArgumentParser):
 
 def add_common_flags(parser, dataset=None):
     """The three flags of every script. dataset: the default; None takes it from the run."""
-    parser.add_argument("--data-dir", default="data", help="folder that holds cifar-100-python, or that folder itself")
+    parser.add_argument(
+        "--data-dir", default="data", help="folder that holds cifar-100-python, or that folder itself"
+    )
     parser.add_argument(
         "--dataset",
         choices=["cifar100", "synthetic"],
@@ -70,16 +80,26 @@ def add_common_flags(parser, dataset=None):
         help="synthetic: a made-up stand-in, to try the scripts without the data"
         + ("" if dataset else " (default: the one the run was trained on)"),
     )
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps; auto takes a GPU if there is one")
+    parser.add_argument(
+        "--device",
+        default="auto",
+        help="auto, cpu, cuda, cuda:N or mps; auto takes a GPU if there is one",
+    )
 
 
 def run_script(main):
-    """Run main() as a script does: one line on stderr instead of a traceback, and an exit status that tells what failed."""
+    """Run main() as a script does: one line on stderr instead of a traceback, and an exit status that tells what failed.
+
+    0: done. 2: a wrong argument or input file. 1: the world failed. 130: Ctrl-C. 143: SIGTERM. A bug in these scripts
+    still shows its traceback.
+    """
 
     def terminate(signum, frame):
         raise Terminated
 
-    signal.signal(signal.SIGTERM, terminate)  # by default SIGTERM ends Python without running any `finally`
+    signal.signal(
+        signal.SIGTERM, terminate
+    )  # by default SIGTERM ends Python without running any `finally`
     try:
         main()
         sys.stdout.flush()
@@ -91,13 +111,26 @@ def run_script(main):
     except BrokenPipeError:  # `python evaluate.py ... | head`: quiet, as a program that SIGPIPE ends
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
-    except (torch.OutOfMemoryError, MemoryError):
-        message, code = "out of memory; use a smaller --batch-size or another --device", 1
     except OSError as error:
-        message, code = f"{error.filename or 'the system'}: {error.strerror or error}; nothing written before is lost", 1
+        message, code = (
+            f"{error.filename or 'the system'}: {error.strerror or error}; nothing written before is lost",
+            1,
+        )
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "alloc" not in str(error).lower():
+            raise
+        message, code = (
+            "out of memory; close other programs, or use another --device (to train: a smaller --batch-size)",
+            1,
+        )
     sys.stdout.flush()
     print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
     sys.exit(code)
+
+
+def quote(path):
+    """A path as one writes it on a command line."""
+    return shlex.quote(Path(path).as_posix())
 
 
 def warn(message):
@@ -118,7 +151,10 @@ def write_file(path, write):
             os.fsync(file.fileno())  # on the disk before the name points to it
         os.replace(partial, path)
     except OSError as error:
-        raise ScriptError(f"cannot write {path} ({error.strerror or error}); what was there before is intact", code=1) from None
+        raise ScriptError(
+            f"cannot write {path} ({error.strerror or error}); free some space or use another folder; the file of before is intact",
+            code=1,
+        ) from None
     finally:
         partial.unlink(missing_ok=True)
 
@@ -129,10 +165,6 @@ def write_text(path, text):
 
 def write_json(path, content):
     write_text(path, json.dumps(content, indent=2) + "\n")
-
-
-def write_array(path, array):
-    write_file(path, lambda file: np.save(file, array, allow_pickle=False))
 
 
 def write_csv(path, columns, rows):
@@ -165,13 +197,35 @@ def read_json(path, made_by):
     return content
 
 
-def read_config(run_dir):
-    """The dict in a run's config.json; its "dataset" is "cifar100" or "synthetic"."""
-    path = Path(run_dir) / "config.json"
-    config = read_json(path, "python train.py")
-    if config.get("dataset") not in ("cifar100", "synthetic"):
-        raise ScriptError(f"{path} names no known dataset; it is not of train.py")
-    return config
+def open_run(text):
+    """(path, config.json as a dict) of a run directory that can be written to, from what the user typed."""
+    run_dir = Path(text).expanduser()
+    if run_dir.is_file():
+        raise ScriptError(f"{run_dir} is a file; name the run directory, such as {run_dir.parent}")
+    config = read_json(run_dir / "config.json", "python train.py")
+    if config.get("dataset") not in ("cifar100", "synthetic") or not isinstance(
+        config.get("args"), dict
+    ):
+        raise ScriptError(
+            f"{run_dir / 'config.json'} is not of train.py; name a run directory of python train.py"
+        )
+    if not os.access(run_dir, os.W_OK):
+        raise ScriptError(f"{run_dir} cannot be written to; copy it to a folder of yours")
+    return run_dir, config
+
+
+def check_dataset(run_dir, dataset, asked):
+    """The data set is the run's; --dataset may only repeat it."""
+    if asked not in (None, dataset):
+        raise ScriptError(
+            f"{run_dir} was trained on {dataset}, not on --dataset {asked}; leave the flag out"
+        )
+
+
+def check_torch():
+    if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 6):
+        reason = "before 2.6 a checkpoint can run code, CVE-2025-32434"
+        raise ScriptError(f"torch {torch.__version__} is too old ({reason}); install torch 2.6 or newer")
 
 
 def load_checkpoint(path):
@@ -182,9 +236,10 @@ def load_checkpoint(path):
     """
     path = Path(path)
     if not path.is_file():
-        raise ScriptError(f"no {path}; run python train.py first, or name the folder of a run that has it")
-    if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 6):
-        raise ScriptError(f"torch {torch.__version__} can be made to run code from a checkpoint (CVE-2025-32434); install torch 2.6 or newer")
+        raise ScriptError(
+            f"no {path}; run python train.py first, or name the folder of a run that has it"
+        )
+    check_torch()
     try:
         content = path.read_bytes()  # checked and loaded from the same bytes
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
@@ -192,19 +247,39 @@ def load_checkpoint(path):
         if damaged:
             raise zipfile.BadZipFile(f"wrong CRC in {damaged}")
         checkpoint = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    except Exception as error:  # pickle, zip and torch raise anything from KeyError to UnicodeDecodeError here
+    except (
+        Exception
+    ) as error:  # pickle, zip and torch raise anything from KeyError to UnicodeDecodeError here
         reason = re.search(r"GLOBAL (\S+)", str(error))
-        reason = f"it asks to run {reason[1]}" if reason else (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ScriptError(f"{path} is not a checkpoint of this project ({reason}); refused, nothing was executed") from None
+        reason = (
+            f"it asks to run {reason[1]}"
+            if reason
+            else (str(error).strip() or type(error).__name__).splitlines()[0]
+        )
+        raise ScriptError(
+            f"{path} is not a checkpoint of this project ({reason}); refused, nothing was executed"
+        ) from None
     try:
         args, state = checkpoint["args"], checkpoint["model"]
-        sound = checkpoint["format"] == 1 and args["dataset"] in ("cifar100", "synthetic") and type(checkpoint["epoch"]) is int
-        sound = sound and all(type(args[key]) is int and args[key] >= 0 for key in ("width", "seed", "val_size")) and 1 <= args["width"] <= 1024
-        sound = sound and all(isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in state.items())
+        sound = (
+            checkpoint["format"] == 1
+            and args["dataset"] in ("cifar100", "synthetic")
+            and type(checkpoint["epoch"]) is int
+        )
+        sound = (
+            sound
+            and all(type(args[key]) is int and args[key] >= 0 for key in ("width", "seed", "val_size"))
+            and 1 <= args["width"] <= 1024
+        )
+        sound = sound and all(
+            isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in state.items()
+        )
     except (TypeError, KeyError, AttributeError, IndexError):
         sound = False
     if not sound:
-        raise ScriptError(f"{path} is not a checkpoint of this version of train.py; train one with python train.py")
+        raise ScriptError(
+            f"{path} is not a checkpoint of this version of train.py; train one with python train.py"
+        )
     return checkpoint
 
 
@@ -212,11 +287,19 @@ def load_weights(model, state, path):
     """Copy a checkpoint's weights into model, also from DataParallel or torch.compile, which prefix the names."""
     state = {re.sub(r"^(module\.|_orig_mod\.)+", "", name): tensor for name, tensor in state.items()}
     own = model.state_dict()
-    wrong = [name for name in {**own, **state} if name not in own or name not in state or own[name].shape != state[name].shape]
+    wrong = [
+        name
+        for name in {**own, **state}
+        if name not in own or name not in state or own[name].shape != state[name].shape
+    ]
     if wrong:
-        raise ScriptError(f"{path} is of another network ({len(wrong)} tensors differ: {', '.join(wrong[:3])}); train it with train.py")
+        raise ScriptError(
+            f"{path} is of another network ({len(wrong)} tensors differ: {', '.join(wrong[:3])}); train it with train.py"
+        )
     if not all(tensor.isfinite().all() for tensor in state.values()):
-        raise ScriptError(f"{path} holds NaN or infinite weights; the run diverged, train again with a lower --lr")
+        raise ScriptError(
+            f"{path} holds NaN or infinite weights; the run diverged, train again with a lower --lr"
+        )
     model.load_state_dict(state)
 
 
@@ -229,37 +312,64 @@ def load_array(path, made_by):
         return array
     except FileNotFoundError:
         raise ScriptError(f"no {path}; run {made_by} first") from None
-    except Exception as error:  # numpy raises EOFError, ValueError, MemoryError, SyntaxError... on damaged headers
-        reason = "it holds pickled objects" if "pickle" in str(error) else f"{type(error).__name__}: {error}".splitlines()[0]
-        raise ScriptError(f"{path} is not readable as a NumPy array ({reason}); run {made_by} --refresh") from None
+    except (
+        Exception
+    ) as error:  # numpy raises EOFError, ValueError, MemoryError, SyntaxError... on damaged headers
+        reason = (
+            "no .npy file, or pickled objects in it" if "pickle" in str(error) else type(error).__name__
+        )
+        raise ScriptError(
+            f"{path} is not readable as a NumPy array ({reason}); run {made_by} --refresh"
+        ) from None
 
 
-def load_logits(run_dir, split, num_classes=100):
-    """(logits, labels) that evaluate.py saved for split "test" or "val": (N, C) float64 and (N,) int64.
+def load_logits(run_dir, split):
+    """(logits, labels) that evaluate.py saved for split "test" or "val": (N, 100) float64 and (N,) int64.
 
     Raises ScriptError for a wrong shape, dtype or value, and for files other than those that metrics.json was made from.
     """
-    run_dir, made_by = Path(run_dir), f"python evaluate.py {shlex.quote(str(run_dir))}"
+    run_dir = Path(run_dir)
     paths = run_dir / f"{split}_logits.npy", run_dir / f"{split}_labels.npy"
+    made_by = f"python evaluate.py {quote(run_dir)}"
+    again = (
+        f"run {made_by} --refresh"
+        if (run_dir / "best.pt").exists()
+        else "restore it from where the run was made"
+    )
     logits, labels = (load_array(path, made_by) for path in paths)
-    if logits.ndim != 2 or logits.shape[1] != num_classes or len(logits) == 0 or logits.dtype.kind != "f":
-        raise ScriptError(f"{paths[0]} is {logits.dtype} {logits.shape}, floats (N, {num_classes}) are wanted; run {made_by} --refresh")
-    if split == "test" and len(logits) != 10_000:
-        raise ScriptError(f"{paths[0]} has {len(logits)} rows, one for each of the 10000 test images is wanted; run {made_by} --refresh")
-    if labels.shape != (len(logits),) or labels.dtype.kind not in "iu":
-        raise ScriptError(f"{paths[1]} is {labels.dtype} {labels.shape}, integers ({len(logits)},) are wanted; run {made_by} --refresh")
-    if labels.min() < 0 or labels.max() >= num_classes:
-        raise ScriptError(f"{paths[1]} has labels outside 0..{num_classes - 1}; run {made_by} --refresh")
+
+    def require(valid, path, what):
+        if not valid:
+            raise ScriptError(f"{path} {what}; {again}")
+
+    sound = logits.ndim == 2 and logits.shape[1] == 100 and len(logits) > 0 and logits.dtype.kind == "f"
+    require(sound, paths[0], f"is {logits.dtype} {logits.shape}, floats (N, 100) are wanted")
+    require(
+        split != "test" or len(logits) == 10_000,
+        paths[0],
+        f"has {len(logits)} rows for the 10000 test images",
+    )
+    sound = labels.shape == (len(logits),) and labels.dtype.kind in "iu"
+    require(sound, paths[1], f"is {labels.dtype} {labels.shape}, integers ({len(logits)},) are wanted")
+    require(labels.min() >= 0 and labels.max() < 100, paths[1], "has labels outside 0..99")
     bad_rows = np.flatnonzero(~np.isfinite(logits).all(1))
-    if len(bad_rows):
-        raise ScriptError(f"{paths[0]} has a NaN or infinite value in row {bad_rows[0]}; run {made_by} --refresh")
+    require(
+        len(bad_rows) == 0, paths[0], f"has a NaN or infinite value in row {next(iter(bad_rows), None)}"
+    )
     if (run_dir / "metrics.json").exists():
-        known = read_json(run_dir / "metrics.json", made_by).get("sha256", {})
-        for path in paths:
-            if known.get(path.name, sha256(path)) != sha256(path):
-                raise ScriptError(f"{path} is not the file that metrics.json was made from (damaged or replaced); run {made_by} --refresh")
+        known = read_json(run_dir / "metrics.json", made_by).get("sha256")
+        for path in (*paths, run_dir / "best.pt"):
+            expected = known.get(path.name) if isinstance(known, dict) else None
+            if path.exists() and expected not in (None, sha256(path)):
+                what = "is not the file that metrics.json was made from: damaged, or replaced since"
+                raise ScriptError(
+                    f"{path} {what}; {again}"
+                    + (", or delete metrics.json" if "restore" in again else "")
+                )
     if logits.min() >= 0 and np.abs(logits.sum(1, dtype=np.float64) - 1).max() < 1e-3:
-        warn(f"{paths[0]} looks like probabilities, not logits: every confidence computed from it is too low")
+        warn(
+            f"{paths[0]} looks like probabilities, not logits: every confidence computed from it is too low"
+        )
     return logits.astype(np.float64), labels.astype(np.int64)
 
 
@@ -267,8 +377,13 @@ def load_logits(run_dir, split, num_classes=100):
 
 
 def select_device(name):
-    """torch.device for "auto", "cpu", "cuda", "cuda:N" or "mps", after one real operation on it."""
-    found = ["cpu"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())] + ["mps"] * torch.backends.mps.is_available()
+    """torch.device for "auto", "cpu", "cuda", "cuda:N" or "mps", after one real operation on it.
+
+    Makes float32 mean float32 from here on: by default, convolutions on an Ampere GPU keep 10 of its 23 mantissa bits.
+    """
+    check_torch()
+    found = ["cpu"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    found += ["mps"] * torch.backends.mps.is_available()
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else found[-1]
     if name not in found and not (name == "cuda" and "cuda:0" in found):
@@ -278,17 +393,19 @@ def select_device(name):
         torch.ones(1, device=device).add(1).item()
     except RuntimeError as error:  # a P100 is "available" to a PyTorch that has no kernels for it
         reason = str(error).splitlines()[0]
-        raise ScriptError(f"{name} does not run this PyTorch ({reason}); choose another GPU (Kaggle: T4) or --device cpu", 1) from None
+        advice = "choose another GPU (Kaggle: T4) or --device cpu"
+        raise ScriptError(f"{name} does not run this PyTorch ({reason}); {advice}", code=1) from None
+    torch.backends.cudnn.allow_tf32 = False
     return device
 
 
 def device_name(device):
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{device.type}, {torch.get_num_threads()} threads" if device.type == "cpu" else device.type
+    return f"cpu ({torch.backends.cpu.get_cpu_capability()})" if device.type == "cpu" else device.type
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def predict(model, batches):
     """Logits (N, C) float32 of all batches (B, 3, 32, 32), in order, on the model's device, in eval mode."""
     model.eval()
@@ -307,7 +424,7 @@ def log_softmax(logits):
 
 def confusion_matrix(labels, preds, num_classes):
     """Counts (C, C) int64, row = true class, column = predicted class, from two (N,) integer arrays."""
-    labels, preds = np.asarray(labels), np.asarray(preds)
+    labels, preds = np.asarray(labels, np.int64), np.asarray(preds, np.int64)
     counts = np.bincount(labels * num_classes + preds, minlength=num_classes**2)
     return counts.reshape(num_classes, num_classes)
 
@@ -398,7 +515,13 @@ def duration(seconds):
     """42 s, 7 min 03 s or 4 h 31 min."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {seconds:02d} s" if minutes else f"{seconds} s"
+    return (
+        f"{hours} h {minutes:02d} min"
+        if hours
+        else f"{minutes} min {seconds:02d} s"
+        if minutes
+        else f"{seconds} s"
+    )
 
 
 def new_figure(width, height, rows=1, columns=1, **kwargs):
