@@ -3,9 +3,9 @@
     from data import load_cifar100
     images, labels = load_cifar100("data", train=False)    # (10000, 32, 32, 3) uint8, (10000,) int64
 
-The whole training set is 154 MB of bytes, so it lives on the device as one tensor; there are no worker processes, and a
-batch is cut, mirrored and normalised where it is needed. Krizhevsky: Learning multiple layers of features from tiny
-images, 2009, https://www.cs.toronto.edu/~kriz/cifar.html.
+The whole training set is 154 MB of bytes, so it lives on the device as one tensor; there are no worker
+processes, and a batch is cut, mirrored and normalised where it is needed. Krizhevsky: Learning multiple
+layers of features from tiny images, 2009, https://www.cs.toronto.edu/~kriz/cifar.html.
 """
 
 import functools
@@ -25,8 +25,8 @@ NUM_CLASSES = 100
 ARCHIVE_URL = "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz"
 ARCHIVE_MD5 = "eb9058c3a382ffc7106e4002c42a8d85"
 
-# Mean and standard deviation of each channel over all pixels of the 50,000 training images, in [0, 1]. The often-copied
-# std (0.2009, 0.1984, 0.2023) is the average of the stds within single images, which is smaller.
+# Mean and standard deviation of each channel over all pixels of the 50,000 training images, in [0, 1]. The
+# often-copied std (0.2009, 0.1984, 0.2023) is the average of the stds within single images, which is smaller.
 MEAN = (0.5071, 0.4865, 0.4409)
 STD = (0.2673, 0.2564, 0.2762)
 
@@ -53,9 +53,7 @@ SUPERCLASSES = {
     "vehicles_1": "bicycle bus motorcycle pickup_truck train",
     "vehicles_2": "lawn_mower rocket streetcar tank tractor",
 }
-CLASS_NAMES = sorted(
-    " ".join(SUPERCLASSES.values()).split()
-)  # alphabetical, so index = official label 0..99
+CLASS_NAMES = sorted(" ".join(SUPERCLASSES.values()).split())  # alphabetical, so index = official label 0..99
 SUPERCLASS_OF = np.array(
     [[name in group.split() for group in SUPERCLASSES.values()].index(True) for name in CLASS_NAMES]
 )
@@ -66,11 +64,7 @@ TITLES = {"cifar100": "CIFAR-100", "synthetic": "SYNTHETIC data"}  # for what is
 
 def class_names(dataset):
     """The 100 names by label; made-up ones for the synthetic set, whose images show none of the real things."""
-    return (
-        CLASS_NAMES
-        if dataset == "cifar100"
-        else [f"synthetic_{label:02d}" for label in range(NUM_CLASSES)]
-    )
+    return CLASS_NAMES if dataset == "cifar100" else [f"synthetic_{label:02d}" for label in range(NUM_CLASSES)]
 
 
 def load_dataset(dataset, data_dir, train, url=None):
@@ -79,11 +73,14 @@ def load_dataset(dataset, data_dir, train, url=None):
 
 
 def load_cifar100(data_dir="data", train=True, url=None):
-    """images (N, 32, 32, 3) uint8 and labels (N,) int64; N is 50,000 if train, else 10,000. Downloads what is missing.
+    """images (N, 32, 32, 3) uint8 and labels (N,) int64; N is 50,000 if train, else 10,000.
 
-    data_dir: the folder that holds cifar-100-python, or that folder itself; it may be read-only if it is complete.
-    url: where to get the archive; any byte-identical copy will do, since torchvision compares MD5 sums before it unpacks or
-    unpickles anything. Raises ScriptError, code 1 if the download fails, 2 if the files are not the official ones.
+    Downloads the archive if there is no cifar-100-python yet.
+
+    data_dir: the folder that holds cifar-100-python, or that folder itself; it may be read-only if it is
+    complete. url: where to get the archive; any byte-identical copy will do, since torchvision compares MD5
+    sums before it unpacks or unpickles anything. Raises ScriptError, code 1 if the download fails, 2 if the
+    files are not the official ones.
     """
     try:
         import torchvision  # here, because only CIFAR-100 needs it
@@ -104,11 +101,7 @@ def load_cifar100(data_dir="data", train=True, url=None):
     try:
         dataset = CIFAR100(folder.parent, train)
     except (RuntimeError, OSError):  # torchvision says the same for missing and damaged files
-        files = [
-            *CIFAR100.train_list,
-            *CIFAR100.test_list,
-            [CIFAR100.meta["filename"], CIFAR100.meta["md5"]],
-        ]
+        files = [*CIFAR100.train_list, *CIFAR100.test_list, [CIFAR100.meta["filename"], CIFAR100.meta["md5"]]]
         intact = torchvision.datasets.utils.check_integrity
         wrong = [f"{name} (MD5 {md5})" for name, md5 in files if not intact(folder / name, md5)]
         raise ScriptError(
@@ -124,21 +117,12 @@ def download(cifar100, data_dir):
         raise ScriptError(
             f"--data-dir {data_dir} is a file, or CIFAR-10; name the folder that holds cifar-100-python"
         )
-    print(
-        f"downloading {cifar100.url} to {data_dir}: 161 MB, and its server can take an hour", flush=True
-    )
+    print(f"downloading {cifar100.url} to {data_dir}: 161 MB, and its server can take an hour", flush=True)
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(20)  # seconds without a single byte
     try:
         cifar100(data_dir, train=False, download=True)
-    except (
-        OSError,
-        RuntimeError,
-        ValueError,
-        EOFError,
-        tarfile.TarError,
-        http.client.HTTPException,
-    ) as error:
+    except (OSError, RuntimeError, ValueError, EOFError, tarfile.TarError, http.client.HTTPException) as error:
         raise ScriptError(
             f"cannot get CIFAR-100 from {cifar100.url} ({error}); on Kaggle, switch the notebook's Internet on; or use --data-dir FOLDER "
             f"with a copy on this disk, --data-url URL of any copy with MD5 {ARCHIVE_MD5}, or --dataset synthetic",
@@ -152,9 +136,10 @@ def download(cifar100, data_dir):
 def load_synthetic(train=True):
     """A stand-in with CIFAR-100's shapes, made in a second: images (N, 32, 32, 3) uint8, labels (N,) int64.
 
-    Every class is a pattern of 4x4 colour blocks; the five classes of a superclass share a third of theirs. An image blends
-    its class's pattern with a share of up to 0.55 of another one's, plus noise. Where that share is above one half the
-    label is wrong in effect, so that even a perfect classifier makes mistakes, some of them confident.
+    Every class is a pattern of 4x4 colour blocks; the five classes of a superclass share a third of theirs.
+    An image blends its class's pattern with a share of up to 0.55 of another one's, plus noise. Where that
+    share is above one half the label is wrong in effect, so that even a perfect classifier makes mistakes,
+    some of them confident.
     """
     shared, own = np.random.default_rng(100).integers(
         0, 200, (2, NUM_CLASSES, 4, 4, 3)
@@ -172,7 +157,9 @@ def load_synthetic(train=True):
 
 
 def split_train_val(labels, val_size, seed):
-    """Sorted indices (train, val) with val_size / 100 validation images of every class: a function of the seed alone.
+    """Sorted indices (train, val) with val_size / 100 validation images of every class.
+
+    A function of the seed alone.
 
     labels: (N,) int64 with equally many of each class. val_size: a multiple of 100.
     """
@@ -206,8 +193,9 @@ def pad(images):
 def epoch_plan(seed, epoch, n):
     """All random draws of one epoch: order (n,) int64, crop offsets (n, 2) in 0..8 int64, flips (n,) bool.
 
-    Entry i belongs to the i-th image that the epoch visits. Derived from (seed, epoch) and nothing else, so epoch 7 is the
-    same on every device, and the same whether or not the process was restarted before it. epoch counts from 1; 0 is the split.
+    Entry i belongs to the i-th image that the epoch visits. Derived from (seed, epoch) and nothing else, so
+    epoch 7 is the same on every device, and the same whether or not the process was restarted before it.
+    epoch counts from 1; 0 is the split.
     """
     rng = np.random.default_rng([seed, epoch])
     plan = rng.permutation(n), rng.integers(0, 9, (n, 2)), rng.random(n) < 0.5
@@ -215,10 +203,11 @@ def epoch_plan(seed, epoch, n):
 
 
 def augment(padded, index, offsets, flips):
-    """One training batch by one gather: a random 32x32 window of each padded image, mirrored where flips says so.
+    """One training batch by one gather: a random window of each padded image, mirrored where flips says so.
 
-    padded: (N, 40, 40, 3) uint8. index (B,), offsets (B, 2) as row and column, flips (B,): a slice of epoch_plan, on the
-    device of padded. Returns (B, 3, 32, 32) float32, normalised. The mirror image costs nothing: its columns count down.
+    padded: (N, 40, 40, 3) uint8. index (B,), offsets (B, 2) as row and column, flips (B,): a slice of
+    epoch_plan, on the device of padded. Returns (B, 3, 32, 32) float32, normalised. The mirror image costs
+    nothing: its columns count down.
     """
     window = torch.arange(32, device=padded.device)
     rows = offsets[:, :1] + window  # (B, 32)

@@ -3,10 +3,11 @@
     python evaluate.py runs/baseline                        # one run
     python evaluate.py runs/baseline runs/smoothing0.1      # side by side, below the published numbers
 
-Writes into each run directory test_logits.npy (10000, 100) float32 and test_labels.npy (10000,) int64, where row i is test
-image i; the same for the 5,000 validation images; metrics.json (fractions, 95 % intervals under ci95); confusion.npy (row =
-true class, column = predicted), confusion.png, per_class.csv, per_class.png and reliability.png. Logits that are there
-already are not computed again: then neither checkpoint nor data set is needed. failures.py and gradcam.py read the results.
+Writes into each run directory test_logits.npy (10000, 100) float32 and test_labels.npy (10000,) int64, where
+row i is test image i; the same for the 5,000 validation images; metrics.json (fractions, 95 % intervals under
+ci95); confusion.npy (row = true class, column = predicted), confusion.png, per_class.csv, per_class.png and
+reliability.png. Logits that are there already are not computed again: then neither checkpoint nor data set is
+needed. failures.py and gradcam.py read the results.
 """
 
 import math
@@ -35,7 +36,7 @@ PUBLISHED = {"accuracy": 0.6596, "macro_precision": 0.6611, "macro_recall": 0.65
 ARRAYS = ("test_logits.npy", "test_labels.npy", "val_logits.npy", "val_labels.npy")
 
 
-# ---- logits ----------------------------------------------------------------------------------------------------------
+# ---- logits ------------------------------------------------------------------------------------------------
 
 
 def compute_logits(run_dir, config, data_dir, device):
@@ -53,10 +54,7 @@ def compute_logits(run_dir, config, data_dir, device):
         raise ScriptError(f"{run_dir}: {reason}; evaluate with the version in config.json")
     splits = {"val": (images[val_index], labels[val_index])}
     splits["test"] = load_dataset(config["dataset"], data_dir, train=False)
-    print(
-        f"{run_dir}: logits of best.pt, epoch {checkpoint['epoch']}, on {utils.device_name(device)}",
-        flush=True,
-    )
+    print(f"{run_dir}: logits of best.pt, epoch {checkpoint['epoch']}, on {utils.device_name(device)}", flush=True)
     arrays = {}
     for split, (images, labels) in splits.items():
         batches = utils.track(images.split(500), f"{split} batch")
@@ -79,20 +77,19 @@ def logits_are_current(run_dir):
         return True
     if not (run_dir / "metrics.json").exists():
         return False
-    metrics = utils.read_json(
-        run_dir / "metrics.json", f"python evaluate.py {utils.quote(run_dir)} --refresh"
-    )
+    metrics = utils.read_json(run_dir / "metrics.json", f"python evaluate.py {utils.quote(run_dir)} --refresh")
     return (metrics.get("sha256") or {}).get("best.pt") == utils.sha256(run_dir / "best.pt")
 
 
-# ---- metrics ---------------------------------------------------------------------------------------------------------
+# ---- metrics -----------------------------------------------------------------------------------------------
 
 
 def image_scores(logits, labels):
     """What is known of each image, as a dict of (N,) arrays; the mean of most of them is a metric.
 
-    pred, confidence (largest probability), correct, top5, nll (nats), brier (sum over classes of (p - target)^2, in
-    [0, 2]), superclass (right, or the error stays in the superclass), within (wrong, but in the superclass).
+    pred, confidence (largest probability), correct, top5, nll (nats), brier (sum over classes of (p -
+    target)^2, in [0, 2]), superclass (right, or the error stays in the superclass), within (wrong, but in the
+    superclass).
     """
     log_probs = log_softmax(logits)
     probs = np.exp(log_probs)
@@ -115,10 +112,13 @@ def image_scores(logits, labels):
 
 
 def fit_temperature(logits, labels):
-    """The T > 0 that minimises the NLL of logits / T (Guo et al., arXiv:1706.04599); fit it on images held out from training.
+    """The T > 0 that minimises the NLL of logits / T, Guo et al., arXiv:1706.04599.
 
-    The NLL is convex in b = 1/T, and its derivative, the mean of (sum_k p_k z_k) - z_y, only rises: bisect for its zero.
-    Searched in 0.01..100; where the NLL has no minimum there, as with no error at all, the nearer bound comes back.
+    Fit it on images held out from training, and never on those that are scored.
+
+    The NLL is convex in b = 1/T, and its derivative, the mean of (sum_k p_k z_k) - z_y, only rises: bisect
+    for its zero. Searched in 0.01..100; where the NLL has no minimum there, as with no error at all, the
+    nearer bound comes back.
     """
     true_logits = logits[np.arange(len(labels)), labels]
     low, high = math.log(1 / 100), math.log(1 / 0.01)  # of log b
@@ -139,20 +139,15 @@ def null_calibration_error(confidence, draws=1000, seed=0):
     """
     rng = np.random.default_rng(seed)
     return float(
-        np.mean(
-            [
-                calibration_error(confidence, rng.random(len(confidence)) < confidence)
-                for _ in range(draws)
-            ]
-        )
+        np.mean([calibration_error(confidence, rng.random(len(confidence)) < confidence) for _ in range(draws)])
     )
 
 
 def area_under_risk_coverage(confidence, correct):
-    """AURC in [0, 1], lower is better: the error rate among the i most confident images, averaged over i = 1..N.
+    """AURC in [0, 1], lower is better: the error rate among the i most confident images, averaged over i.
 
-    Geifman, Uziel, El-Yaniv, arXiv:1805.08206. Images of equal confidence share their error rate, which is the mean over
-    all orders of the tied images.
+    Geifman, Uziel, El-Yaniv, arXiv:1805.08206. Images of equal confidence share their error rate, which is
+    the mean over all orders of the tied images.
     """
     _, tie, count = np.unique(-confidence, return_inverse=True, return_counts=True)
     errors = (np.bincount(tie, ~correct) / count)[tie]
@@ -173,7 +168,8 @@ def failure_auroc(confidence, correct):
 def bootstrap_intervals(scores, labels, resamples=2000, seed=0):
     """95 % percentile intervals of the means and rates, from resampling test images within each class.
 
-    The test set has 100 images of every class by design, so that is how it is redrawn. Returns {metric: [low, high]}.
+    The test set has 100 images of every class by design, so that is how it is redrawn. Returns {metric: [low,
+    high]}.
     """
     n, rng = len(labels), np.random.default_rng(seed)
     by_class = np.argsort(labels, kind="stable")
@@ -195,13 +191,8 @@ def bootstrap_intervals(scores, labels, resamples=2000, seed=0):
     }
     # Everything is a sum over images, so one matrix product per block of resamples gives them all.
     classes = np.arange(NUM_CLASSES)
-    hits, predicted = (
-        (labels[:, None] == classes) & scores["correct"][:, None],
-        scores["pred"][:, None] == classes,
-    )
-    columns = np.column_stack([*means.values(), scores["within"], wrong, hits, predicted]).astype(
-        np.float32
-    )
+    hits, predicted = ((labels[:, None] == classes) & scores["correct"][:, None], scores["pred"][:, None] == classes)
+    columns = np.column_stack([*means.values(), scores["within"], wrong, hits, predicted]).astype(np.float32)
     sums = []
     for _ in range(resamples // 100):
         drawn = by_class[first + (rng.random((100, n)) * size).astype(np.int64)]
@@ -211,9 +202,7 @@ def bootstrap_intervals(scores, labels, resamples=2000, seed=0):
 
     values = {name: sums[:, i] / n for i, name in enumerate(means)}
     within, errors = sums[:, len(means)], sums[:, len(means) + 1]
-    values["errors_within_superclass"] = np.divide(
-        within, errors, out=np.full(len(sums), np.nan), where=errors > 0
-    )
+    values["errors_within_superclass"] = np.divide(within, errors, out=np.full(len(sums), np.nan), where=errors > 0)
     macro = utils.macro_scores_from_counts(
         sums[:, -2 * NUM_CLASSES : -NUM_CLASSES], class_size, sums[:, -NUM_CLASSES:]
     )
@@ -263,24 +252,21 @@ def compute_metrics(logits, labels, val_logits, val_labels):
         "confident_errors": (wrong & (confidence > 0.9)).mean(),
     }
     metrics = {
-        name: value if value is None or isinstance(value, int) else float(value)
-        for name, value in metrics.items()
+        name: value if value is None or isinstance(value, int) else float(value) for name, value in metrics.items()
     }
     return metrics | {"ci95": bootstrap_intervals(scores, labels)}, scores | {
         "scaled_confidence": scaled["confidence"]
     }
 
 
-# ---- files and figures -----------------------------------------------------------------------------------------------
+# ---- files and figures -------------------------------------------------------------------------------------
 
 
 def confused_pairs(confusion, count=20):
     """The unordered pairs of classes most often taken for each other: [(i, j, errors)], most errors first."""
     errors = np.triu(confusion + confusion.T, 1)
     order = np.argsort(-errors, axis=None, kind="stable")[:count]
-    return [
-        (i, j, int(errors[i, j])) for i, j in zip(*np.unravel_index(order, errors.shape)) if errors[i, j]
-    ]
+    return [(i, j, int(errors[i, j])) for i, j in zip(*np.unravel_index(order, errors.shape)) if errors[i, j]]
 
 
 def draw_confusion(path, confusion, names, title):
@@ -304,14 +290,8 @@ def draw_confusion(path, confusion, names, title):
     figure.colorbar(picture, ax=matrix, label="test images", shrink=0.5)
 
     pairs = confused_pairs(confusion)[::-1]
-    colors = [
-        utils.BLUE if SUPERCLASS_OF[i] == SUPERCLASS_OF[j] else utils.VERMILION for i, j, _ in pairs
-    ]
-    bars.barh(
-        [f"{names[i]} / {names[j]}" for i, j, _ in pairs],
-        [errors for _, _, errors in pairs],
-        color=colors,
-    )
+    colors = [utils.BLUE if SUPERCLASS_OF[i] == SUPERCLASS_OF[j] else utils.VERMILION for i, j, _ in pairs]
+    bars.barh([f"{names[i]} / {names[j]}" for i, j, _ in pairs], [errors for _, _, errors in pairs], color=colors)
     bars.margins(y=0.01)
     bars.set(
         xlabel="errors, both ways together",
@@ -348,9 +328,7 @@ def per_class_rows(confusion, names):
 def draw_per_class(path, rows, title):
     figure, axes = utils.new_figure(8, 14)
     rows = sorted(rows, key=lambda row: row["accuracy"])
-    accuracy, low, high = (
-        100 * np.array([row[key] for row in rows]) for key in ("accuracy", "low", "high")
-    )
+    accuracy, low, high = (100 * np.array([row[key] for row in rows]) for key in ("accuracy", "low", "high"))
     axes.errorbar(
         accuracy,
         range(len(rows)),
@@ -367,9 +345,7 @@ def draw_per_class(path, rows, title):
         xlim=(0, 100),
         title=title,
     )
-    axes.axvline(
-        accuracy.mean(), color=utils.VERMILION, linestyle="--", label=f"mean {accuracy.mean():.1f} %"
-    )
+    axes.axvline(accuracy.mean(), color=utils.VERMILION, linestyle="--", label=f"mean {accuracy.mean():.1f} %")
     axes.grid(axis="x", alpha=0.3)
     axes.legend(loc="lower right")
     utils.save_figure(figure, path)
@@ -395,22 +371,8 @@ def draw_reliability(path, scores, metrics, title):
         accuracy, confidence = (
             np.bincount(bins, scores[what], 15)[filled] / count[filled] for what in ("correct", key)
         )
-        top.bar(
-            centers[filled],
-            accuracy,
-            1 / 15,
-            color=utils.BLUE,
-            edgecolor="white",
-            label="accuracy in the bin",
-        )
-        top.plot(
-            confidence,
-            confidence,
-            "D",
-            color=utils.VERMILION,
-            markersize=4,
-            label="mean confidence in the bin",
-        )
+        top.bar(centers[filled], accuracy, 1 / 15, color=utils.BLUE, edgecolor="white", label="accuracy in the bin")
+        top.plot(confidence, confidence, "D", color=utils.VERMILION, markersize=4, label="mean confidence in the bin")
         top.plot([0, 1], [0, 1], "--", color=utils.GRAY, label="perfectly calibrated")
         top.set(title=f"{label}: ECE {100 * ece:.2f} % ({100 * null:.2f} % if calibrated)")
         top.set(ylabel="accuracy", xlim=(0, 1), ylim=(0, 1))
@@ -475,26 +437,18 @@ def evaluate(run_dir, config, args, device):
 
     ranked = sorted(rows, key=lambda row: row["accuracy"])
     print(
-        f"\n{title}"
-        + ("" if config.get("finished") else "; the run is not finished, this is its best epoch so far")
+        f"\n{title}" + ("" if config.get("finished") else "; the run is not finished, this is its best epoch so far")
     )
-    print(
-        f"  accuracy {percent('accuracy')}, superclass right {percent('superclass_accuracy')}, in [95 % interval]"
-    )
+    print(f"  accuracy {percent('accuracy')}, superclass right {percent('superclass_accuracy')}, in [95 % interval]")
     if metrics["errors_within_superclass"] is not None:
         print(
             f"  errors that stay inside the superclass {percent('errors_within_superclass')}, by chance 4 of 99, 4.04 %"
         )
     for what, some in (("worst", ranked[:5]), ("best", ranked[:-6:-1])):
-        print(
-            f"  {what} classes: "
-            + ", ".join(f"{row['class']} {100 * row['accuracy']:.0f} %" for row in some)
-        )
+        print(f"  {what} classes: " + ", ".join(f"{row['class']} {100 * row['accuracy']:.0f} %" for row in some))
     pairs = confused_pairs(confusion, 5)
     print("  most confused: " + ", ".join(f"{names[i]}/{names[j]} {errors}" for i, j, errors in pairs))
-    print(
-        "  wrote metrics.json, confusion.npy, per_class.csv, confusion.png, per_class.png and reliability.png"
-    )
+    print("  wrote metrics.json, confusion.npy, per_class.csv, confusion.png, per_class.png and reliability.png")
     return metrics
 
 
@@ -503,15 +457,7 @@ def warn_of_differences(runs):
     (first, config), *others = runs
     for other, other_config in others:
         ours, theirs = ({**run["args"], "dataset": run["dataset"]} for run in (config, other_config))
-        recipe = ours.keys() - {
-            "data_dir",
-            "data_url",
-            "device",
-            "output_dir",
-            "resume",
-            "smoothing",
-            "seed",
-        }
+        recipe = ours.keys() - {"data_dir", "data_url", "device", "output_dir", "resume", "smoothing", "seed"}
         for key in sorted(recipe):
             if ours[key] != theirs.get(key):
                 utils.warn(f"{first} and {other} differ in {key}: {ours[key]} and {theirs.get(key)}")
@@ -521,9 +467,7 @@ def main(argv=None):
     """Evaluate the given runs; returns {run directory: metrics}."""
     parser = utils.ArgumentParser(__doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run directory of train.py")
-    parser.add_argument(
-        "--refresh", action="store_true", help="compute the logits again although they are there"
-    )
+    parser.add_argument("--refresh", action="store_true", help="compute the logits again although they are there")
     utils.add_common_flags(parser)
     args = parser.parse_args(argv)
     runs = [utils.open_run(run) for run in dict.fromkeys(args.runs)]
@@ -539,9 +483,7 @@ def main(argv=None):
     warn_of_differences(runs)
     first, others = runs[0][0], "".join(f" --compare {utils.quote(run_dir)}" for run_dir, _ in runs[1:2])
     if not others:
-        print(
-            "to compare: train another run, such as python train.py --smoothing 0.1, and name both here"
-        )
+        print("to compare: train another run, such as python train.py --smoothing 0.1, and name both here")
     print(f"next: python failures.py {utils.quote(first)}{others}")
     return results
 

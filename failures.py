@@ -3,8 +3,9 @@
     python failures.py runs/baseline
     python failures.py runs/baseline --compare runs/smoothing0.1
 
-Reads the logits that evaluate.py saved. Writes failures.csv (one row per test image that is wrong with confidence above
-0.90, most confident first) and failures.png into the run directory; gradcam.py reads failures.csv.
+Reads the logits that evaluate.py saved. Writes failures.csv (one row per test image that is wrong with
+confidence above 0.90, most confident first) and failures.png into the run directory; gradcam.py reads
+failures.csv.
 """
 
 import numpy as np
@@ -26,10 +27,10 @@ def find_failures(probs, labels, threshold):
 
 
 def representative(failures, preds, labels, count):
-    """`count` of the failures, evenly spread from the most to the least confident, at most one per (true, predicted) pair.
+    """`count` of the failures, evenly spread from the most to the least confident, at most one per pair of classes.
 
-    For 3: the most confident, the median, the nearest to the threshold. A rank whose pair of classes is taken gives way to
-    the nearest rank that brings a new pair; fewer come back if there are not enough pairs.
+    For 3: the most confident, the median, the nearest to the threshold. A rank whose pair of classes is taken
+    gives way to the nearest rank that brings a new pair; fewer come back if there are not enough pairs.
     """
     chosen, pairs = [], set()
     for target in np.linspace(0, len(failures) - 1, count) if len(failures) else ():
@@ -84,9 +85,7 @@ def compare(rows, failures, preds, labels, probs, other_probs, names):
         row["outcome"] = outcome
         row["other_predicted"] = names[other_preds[i]]
         row["other_confidence"] = float(other_confidence[i])
-        row["other_probability"] = float(
-            other_probs[i, preds[i]]
-        )  # of the class that was wrongly predicted
+        row["other_probability"] = float(other_probs[i, preds[i]])  # of the class that was wrongly predicted
         row["other_true_probability"] = float(other_probs[i, labels[i]])
     for outcome in OUTCOMES:
         count = sum(row["outcome"] == outcome for row in rows)
@@ -108,15 +107,9 @@ def main(argv=None):
     """Returns the rows of failures.csv as a list of dicts."""
     parser = utils.ArgumentParser(__doc__)
     parser.add_argument("run", metavar="RUN", help="run directory that evaluate.py has been through")
-    parser.add_argument(
-        "--compare", metavar="DIR", help="another run: what does it say to the same images?"
-    )
-    parser.add_argument(
-        "--threshold", type=float, default=0.9, help="confidence above which a mistake counts"
-    )
-    parser.add_argument(
-        "--top", type=int, default=3, metavar="N", help="how many representative failures to choose"
-    )
+    parser.add_argument("--compare", metavar="DIR", help="another run: what does it say to the same images?")
+    parser.add_argument("--threshold", type=float, default=0.9, help="confidence above which a mistake counts")
+    parser.add_argument("--top", type=int, default=3, metavar="N", help="how many representative failures to choose")
     utils.add_common_flags(parser)
     args = parser.parse_args(argv)
     if not 0 <= args.threshold < 1:
@@ -124,9 +117,7 @@ def main(argv=None):
     if not 1 <= args.top <= 24:
         parser.error(f"--top {args.top} must be in 1..24")
     if args.device != "auto":
-        utils.select_device(
-            args.device
-        )  # nothing runs there, but a wrong one is as wrong as in the other scripts
+        utils.select_device(args.device)  # nothing runs there, but a wrong one is as wrong as in the other scripts
     run_dir, config = utils.open_run(args.run)
     utils.check_dataset(run_dir, config["dataset"], args.dataset)
     other_dir, other_config = utils.open_run(args.compare) if args.compare else (None, None)
@@ -147,12 +138,8 @@ def main(argv=None):
         }
         for i in failures
     ]
-    title = (
-        f"{TITLES[config['dataset']]} test images that are wrong with confidence above {args.threshold}"
-    )
-    print(
-        f"{len(rows):,} {title}, of {(preds != labels).sum():,} wrong ones of {len(labels):,}: {run_dir}"
-    )
+    title = f"{TITLES[config['dataset']]} test images that are wrong with confidence above {args.threshold}"
+    print(f"{len(rows):,} {title}, of {(preds != labels).sum():,} wrong ones of {len(labels):,}: {run_dir}")
     if other_dir:
         other_probs, other_labels = read_probs(other_dir)
         if other_config["dataset"] != config["dataset"] or not np.array_equal(other_labels, labels):
@@ -176,9 +163,7 @@ def main(argv=None):
         (run_dir / stale).unlink(missing_ok=True)  # of another list of failures
     utils.write_csv(run_dir / "failures.csv", rows[0] if rows else COLUMNS, rows)
     if not rows:
-        print(
-            f"nothing to show: no mistake above the threshold; wrote an empty failures.csv to {run_dir}"
-        )
+        print(f"nothing to show: no mistake above the threshold; wrote an empty failures.csv to {run_dir}")
         return rows
     print(
         f"{len(chosen)} representative ones, evenly spread from the most to the least confident, at most one per pair:"
@@ -193,16 +178,9 @@ def main(argv=None):
     images, true_labels = load_dataset(config["dataset"], args.data_dir, train=False)
     if not np.array_equal(true_labels, labels):
         again = f"run python evaluate.py {utils.quote(run_dir)} --refresh"
-        raise ScriptError(
-            f"{run_dir}/test_labels.npy differs from the data set in {args.data_dir}; {again}"
-        )
+        raise ScriptError(f"{run_dir}/test_labels.npy differs from the data set in {args.data_dir}; {again}")
     title = f"{run_dir.name}: {title}\norange: representative; the others: the most confident"
-    draw(
-        run_dir / "failures.png",
-        images.numpy(),
-        rows,
-        title + (f"; there: {other_dir.name}" if other_dir else ""),
-    )
+    draw(run_dir / "failures.png", images.numpy(), rows, title + (f"; there: {other_dir.name}" if other_dir else ""))
     print(f"wrote failures.png to {run_dir}")
     print(f"next: python gradcam.py {utils.quote(run_dir)}")
     return rows

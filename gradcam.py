@@ -4,17 +4,20 @@
     python gradcam.py runs/baseline --index 3 141 59         # images of the test set
     python gradcam.py runs/baseline --image photo.png        # any picture
 
-Writes gradcam.png (image, map for the predicted class, map for the true class) and gradcam.csv (a row per image) into the
-run directory. From failures.csv, the picture shows the representative failures, the csv has them all.
+Writes gradcam.png (image, map for the predicted class, map for the true class) and gradcam.csv (a row per
+image) into the run directory. From failures.csv, the picture shows the representative failures, the csv has
+them all.
 
-Selvaraju et al., arXiv:1610.02391. With A^k the k-th channel of a layer's output and y^c the logit of class c,
+Selvaraju et al., arXiv:1610.02391. With A^k the k-th channel of a layer's output and y^c the logit of class
+c,
 
     alpha_k^c = mean over the cells (i, j) of  d y^c / d A^k_ij
     map^c     = sum over k of  alpha_k^c A^k            and  Grad-CAM = ReLU(map^c)
 
-In a network that ends in mean-pooling and a linear layer, the map of the last layer is the logit itself, spread over the
-cells: its sum plus the bias of class c equals y^c. In CIFAR's ResNet-18 layer4 has 4x4 cells of 8x8 pixels, and each has
-seen the whole image: read it as a rough direction, never as an outline. --layer layer3 has 8x8 cells, without that identity.
+In a network that ends in mean-pooling and a linear layer, the map of the last layer is the logit itself,
+spread over the cells: its sum plus the bias of class c equals y^c. In CIFAR's ResNet-18 layer4 has 4x4 cells
+of 8x8 pixels, and each has seen the whole image: read it as a rough direction, never as an outline. --layer
+layer3 has 8x8 cells, without that identity.
 """
 
 import csv
@@ -39,22 +42,20 @@ def grad_cam(model, images, targets, layer="layer4"):
     """Signed raw Grad-CAM maps (N, h, w) float32, before the ReLU, on the images' device.
 
     model: a plain network, wholly in training or in eval mode; it is run in eval mode and put back. images:
-    (N, 3, H, W), normalised. targets: (N,) int64, the class to explain in each image. layer: name of a module whose
-    output is (N, K, h, w). Works under no_grad and with frozen parameters, and leaves no hook and no gradient behind.
-    One backward pass serves the batch, because in eval mode no image's logit depends on another image.
-    Raises ValueError for an unusable layer.
+    (N, 3, H, W), normalised. targets: (N,) int64, the class to explain in each image. layer: name of a module
+    whose output is (N, K, h, w). Works under no_grad and with frozen parameters, and leaves no hook and no
+    gradient behind. One backward pass serves the batch, because in eval mode no image's logit depends on
+    another image. Raises ValueError for an unusable layer.
     """
     saved = {}
 
     def forward_hook(module, inputs, output):
         if not isinstance(output, torch.Tensor) or output.ndim != 4:
             raise ValueError(f"layer {layer} has no spatial map")
-        # A becomes the start of the graph: the backward pass ends here, and frozen weights before it do not matter.
+        # A becomes the start of the graph: the backward pass ends here, frozen weights before it or not.
         saved["A"] = activations = output.detach().float().requires_grad_()
         activations.register_hook(backward_hook)
-        return (
-            activations.clone()
-        )  # goes on through the network; an operation in place there leaves A alone
+        return activations.clone()  # goes on through the network; an operation in place there leaves A alone
 
     def backward_hook(gradient):
         saved["dy/dA"] = gradient
@@ -69,9 +70,7 @@ def grad_cam(model, images, targets, layer="layer4"):
         with torch.enable_grad(), torch.autocast(images.device.type, enabled=False):
             logits = model(images.float())  # (N, C)
             score = logits.gather(1, targets[:, None]).sum()
-            torch.autograd.grad(
-                score, saved["A"]
-            )  # unlike score.backward(), leaves the parameters' .grad alone
+            torch.autograd.grad(score, saved["A"])  # unlike score.backward(), leaves the parameters' .grad alone
     finally:
         handle.remove()
         model.train(training)
@@ -85,7 +84,7 @@ def upsample(maps, size=32):
 
 
 def border_energy(maps):
-    """Share of the positive map (N, h, w) in the outermost 4 of 32 pixels, (N,); NaN for a map without positive cells.
+    """Share of the positive map (N, h, w) in the outermost 4 of 32 pixels, (N,); NaN if nothing is positive.
 
     An even map has 448 / 1024 = 0.4375 there. It says "border", which is not the same as "background".
     """
@@ -108,20 +107,14 @@ def read_image(path):
             if getattr(image, "n_frames", 1) > 1:
                 done.append(f"first of {image.n_frames} frames")
             image.load()
-    except (
-        Exception
-    ) as error:  # Pillow's plugins raise OSError, SyntaxError, ValueError, struct.error...
+    except Exception as error:  # Pillow's plugins raise OSError, SyntaxError, ValueError, struct.error...
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise ScriptError(
-            f"--image {path} is not a readable picture ({reason}); use PNG or JPEG"
-        ) from None
+        raise ScriptError(f"--image {path} is not a readable picture ({reason}); use PNG or JPEG") from None
     upright = ImageOps.exif_transpose(image)
     if upright.size != image.size or upright.tobytes() != image.tobytes():
         done.append("turned upright by its EXIF tag")
     image = upright
-    if (
-        image.mode.startswith("I") or image.mode == "F"
-    ):  # 16-bit gray: convert("RGB") would clip it all to white
+    if image.mode.startswith("I") or image.mode == "F":  # 16-bit gray: convert("RGB") would clip it all to white
         values = np.asarray(image, np.float64)
         low, high = values.min(), values.max()
         image = Image.fromarray(((values - low) / max(high - low, 1e-12) * 255).round().astype(np.uint8))
@@ -148,9 +141,7 @@ def class_label(text, names):
         return names.index(text)
     if text.isdecimal() and int(text) < len(names):
         return int(text)
-    near = (
-        difflib.get_close_matches(text, names, 3, cutoff=0) if not text.lstrip("-").isdecimal() else []
-    )
+    near = difflib.get_close_matches(text, names, 3, cutoff=0) if not text.lstrip("-").isdecimal() else []
     raise ScriptError(
         f"--target {text} is no class; use a number in 0..{len(names) - 1} or a name"
         + f", such as {', '.join(near)}" * bool(near)
@@ -162,13 +153,9 @@ def read_failures(run_dir):
     path, made_by = run_dir / "failures.csv", f"python failures.py {utils.quote(run_dir)}"
     try:
         reader = csv.DictReader(io.StringIO(path.read_text()))
-        rows = [
-            row | {"index": int(row["index"]), "confidence": float(row["confidence"])} for row in reader
-        ]
+        rows = [row | {"index": int(row["index"]), "confidence": float(row["confidence"])} for row in reader]
         indices = [row["index"] for row in rows]
-        sound = {"index", "confidence", "true", "predicted", "representative"} <= set(
-            reader.fieldnames or ()
-        )
+        sound = {"index", "confidence", "true", "predicted", "representative"} <= set(reader.fieldnames or ())
         sound = sound and len(set(indices)) == len(indices) and all(0 <= i < 10_000 for i in indices)
         sound = sound and (not rows or any(row["representative"] == "1" for row in rows))
     except FileNotFoundError:
@@ -181,14 +168,12 @@ def read_failures(run_dir):
 
 
 def draw(path, rows, images, panels, layer, title):
-    """One row of pictures per image: itself, then its maps on one scale, from 0 to the highest value of any of them.
+    """One row of pictures per image: itself, then its maps on one scale, from 0 to their highest value.
 
     panels: for each image a list of (class name, probability, raw map (h, w)).
     """
     columns = 1 + max(map(len, panels))
-    figure, grid = utils.new_figure(
-        2.9 * columns + 0.6, 2.75 * len(rows) + 0.9, len(rows), columns, squeeze=False
-    )
+    figure, grid = utils.new_figure(2.9 * columns + 0.6, 2.75 * len(rows) + 0.9, len(rows), columns, squeeze=False)
     for axes in grid.flat:
         axes.axis("off")
     for axes, row, image, maps in zip(grid, rows, images, panels):
@@ -246,15 +231,10 @@ def load_model(run_dir, checkpoint, device, layer):
     model.to(device).eval()
     try:
         grad_cam(
-            model,
-            torch.zeros(1, 3, 32, 32, device=device),
-            torch.zeros(1, dtype=torch.int64, device=device),
-            layer,
+            model, torch.zeros(1, 3, 32, 32, device=device), torch.zeros(1, dtype=torch.int64, device=device), layer
         )
     except ValueError as error:
-        raise ScriptError(
-            f"--layer {layer}: {error}; use layer1 ... layer4 or a module in them"
-        ) from None
+        raise ScriptError(f"--layer {layer}: {error}; use layer1 ... layer4 or a module in them") from None
     return model
 
 
@@ -280,9 +260,7 @@ def main(argv=None):
             if not failures:
                 for stale in ("gradcam.png", "gradcam.csv"):
                     (run_dir / stale).unlink(missing_ok=True)
-                print(
-                    f"{run_dir}/failures.csv is empty: no failures to explain; --index or --image show others"
-                )
+                print(f"{run_dir}/failures.csv is empty: no failures to explain; --index or --image show others")
                 return []
         index = args.index or [row["index"] for row in failures]
         images, labels = (part[index] for part in load_dataset(dataset, args.data_dir, train=False))
@@ -294,26 +272,18 @@ def main(argv=None):
         same = (row["true"], row["predicted"]) == (names[labels[n]], names[preds[n]])
         if not same or abs(row["confidence"] - confidence[n].item()) > 0.01:
             again = f"run python evaluate.py {utils.quote(run_dir)}, then python failures.py {utils.quote(run_dir)}"
-            raise ScriptError(
-                f"{run_dir}/failures.csv is not of this best.pt and this data set; {again}"
-            )
+            raise ScriptError(f"{run_dir}/failures.csv is not of this best.pt and this data set; {again}")
 
     def maps_of(classes, which):
         """Raw maps (len(which), h, w) on the CPU: classes (N,) in the images `which`."""
         parts = [
-            grad_cam(
-                model, normalize(images[part].to(device)), classes[part].to(device), args.layer
-            ).cpu()
+            grad_cam(model, normalize(images[part].to(device)), classes[part].to(device), args.layer).cpu()
             for part in utils.track(torch.tensor(which).split(100), "Grad-CAM, batch")
         ]
         return torch.cat(parts)
 
     targets = (
-        preds
-        if args.target == "predicted"
-        else labels
-        if args.target == "true"
-        else torch.full_like(preds, asked)
+        preds if args.target == "predicted" else labels if args.target == "true" else torch.full_like(preds, asked)
     )
     maps = maps_of(targets, range(len(images)))
     if not maps.isfinite().all():

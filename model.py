@@ -4,10 +4,10 @@
     model = resnet18()                           # 11,220,132 parameters
     logits = model(torch.randn(8, 3, 32, 32))    # (8, 100)
 
-He, Zhang, Ren, Sun: Deep residual learning for image recognition, arXiv:1512.03385. The paper's network is made for
-224x224 photographs: a 7x7 convolution with stride 2 and a 3x3 max-pool leave 56x56 of them. The same start would leave
-8x8 of a CIFAR image before the first block, and costs about 15 points of accuracy. So, as everybody does on CIFAR, the
-stem here is one 3x3 convolution with stride 1, and there is no max-pool.
+He, Zhang, Ren, Sun: Deep residual learning for image recognition, arXiv:1512.03385. The paper's network is
+made for 224x224 photographs: a 7x7 convolution with stride 2 and a 3x3 max-pool leave 56x56 of them. The same
+start would leave 8x8 of a CIFAR image before the first block, and costs about 15 points of accuracy. So, as
+everybody does on CIFAR, the stem here is one 3x3 convolution with stride 1, and there is no max-pool.
 
     stage     output      what
     stem      64 x 32x32  3x3 convolution
@@ -56,16 +56,13 @@ class ResNet18(nn.Module):
         self.bn1 = nn.BatchNorm2d(width)
         self.layer1 = nn.Sequential(BasicBlock(width, width, 1), BasicBlock(width, width, 1))
         self.layer2 = nn.Sequential(BasicBlock(width, 2 * width, 2), BasicBlock(2 * width, 2 * width, 1))
-        self.layer3 = nn.Sequential(
-            BasicBlock(2 * width, 4 * width, 2), BasicBlock(4 * width, 4 * width, 1)
-        )
-        self.layer4 = nn.Sequential(
-            BasicBlock(4 * width, 8 * width, 2), BasicBlock(8 * width, 8 * width, 1)
-        )
+        self.layer3 = nn.Sequential(BasicBlock(2 * width, 4 * width, 2), BasicBlock(4 * width, 4 * width, 1))
+        self.layer4 = nn.Sequential(BasicBlock(4 * width, 8 * width, 2), BasicBlock(8 * width, 8 * width, 1))
         self.fc = nn.Linear(8 * width, num_classes)
 
-        # He et al., arXiv:1502.01852: variance 2 / fan_out keeps the gradient's scale through the ReLUs. Batch norm
-        # starts as the identity and the linear layer uniformly within 1/sqrt(fan_in), both PyTorch's defaults.
+        # He et al., arXiv:1502.01852: variance 2 / fan_out keeps the gradient's scale through the ReLUs.
+        # Batch norm starts as the identity and the linear layer uniformly within 1/sqrt(fan_in), both
+        # PyTorch's defaults.
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -83,7 +80,8 @@ class ResNet18(nn.Module):
 def resnet18(num_classes=100, width=64):
     """ResNet-18 for images (B, 3, H, W) float32, returning logits (B, num_classes) before the softmax.
 
-    width: channels of the first stage, 64 in the paper; 16 has a 16th of the parameters and is for quick looks.
-    Draws its weights from torch's global generator: call torch.manual_seed first to get the same ones again.
+    width: channels of the first stage, 64 in the paper; 16 has a 16th of the parameters and is for quick
+    looks. Draws its weights from torch's global generator: call torch.manual_seed first to get the same ones
+    again.
     """
     return ResNet18(num_classes, width)

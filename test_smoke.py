@@ -61,17 +61,13 @@ def quietly(function, *args):
 
 def environment(**changes):
     """For a subprocess: as many threads as here, because another number rounds differently."""
-    return (
-        os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads()), "PYTHONPATH": str(HERE)} | changes
-    )
+    return os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads()), "PYTHONPATH": str(HERE)} | changes
 
 
 def script(*args, env=None, cwd=HERE):
     """Run a script as a user does; returns the CompletedProcess, output as text."""
     command = [sys.executable, *map(str, args)]
-    return subprocess.run(
-        command, cwd=cwd, env=env or environment(), capture_output=True, text=True, timeout=300
-    )
+    return subprocess.run(command, cwd=cwd, env=env or environment(), capture_output=True, text=True, timeout=300)
 
 
 def refused(main, argv, code, *words):
@@ -114,9 +110,7 @@ def chain():
     for run_dir, others in zip(runs, (["--width", "16"], ["--width", "8", "--smoothing", "0.1"])):
         printed.append(quietly(train.main, [*flags, *others, "--output-dir", str(run_dir)])[1])
     printed.append(quietly(evaluate.main, [*map(str, runs), "--device", "cpu"])[1])
-    printed.append(
-        quietly(failures.main, [str(runs[0]), "--compare", str(runs[1]), "--threshold", "0.5"])[1]
-    )
+    printed.append(quietly(failures.main, [str(runs[0]), "--compare", str(runs[1]), "--threshold", "0.5"])[1])
     printed.append(quietly(gradcam.main, [str(runs[0]), "--device", "cpu"])[1])
     return runs, printed
 
@@ -146,10 +140,7 @@ def test_model_equals_torchvision():
     assert sum(p.numel() for p in model.parameters()) == 11_220_132
     reference.load_state_dict(model.state_dict())
     images = torch.randn(4, 3, 32, 32)
-    for training in (
-        True,
-        False,
-    ):  # in training mode first, so that the running statistics are not the initial ones
+    for training in (True, False):  # in training mode first, so that the running statistics are not the initial ones
         ours, theirs = model.train(training)(images), reference.train(training)(images)
         assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-4), (ours - theirs).abs().max()
 
@@ -178,25 +169,19 @@ def test_model_learns_a_few_images():
 
 def test_data_names_and_constants_are_the_official_ones():
     folder = real_data() / "cifar-100-python"
-    meta, test = (
-        pickle.loads((folder / name).read_bytes(), encoding="latin1") for name in ("meta", "test")
-    )
+    meta, test = (pickle.loads((folder / name).read_bytes(), encoding="latin1") for name in ("meta", "test"))
     assert data.CLASS_NAMES == meta["fine_label_names"]
     assert list(data.SUPERCLASSES) == meta["coarse_label_names"]
     assert (data.SUPERCLASS_OF[test["fine_labels"]] == test["coarse_labels"]).all()
     images, labels = data.load_cifar100(folder)  # the folder itself, not its parent
-    assert (
-        images.shape == (50_000, 32, 32, 3)
-        and images.dtype == torch.uint8
-        and labels.dtype == torch.int64
-    )
+    assert images.shape == (50_000, 32, 32, 3) and images.dtype == torch.uint8 and labels.dtype == torch.int64
     pixels = images.double() / 255
     assert torch.allclose(pixels.mean((0, 1, 2)), torch.tensor(data.MEAN).double(), atol=5e-5)
     assert torch.allclose(pixels.std((0, 1, 2)), torch.tensor(data.STD).double(), atol=5e-5)
     images, labels = data.load_cifar100(folder.parent, train=False)
-    assert (
-        images[7].permute(2, 0, 1).flatten().numpy() == test["data"][7]
-    ).all() and labels.tolist() == test["fine_labels"]
+    assert (images[7].permute(2, 0, 1).flatten().numpy() == test["data"][7]).all() and labels.tolist() == test[
+        "fine_labels"
+    ]
 
 
 def test_data_split_is_stratified_and_a_function_of_the_seed():
@@ -213,10 +198,7 @@ def test_data_augmentation_is_every_crop_and_flip_of_torchvision():
 
     images = torch.randint(0, 256, (3, 32, 32, 3), dtype=torch.uint8)
     cases = list(itertools.product(range(9), range(9), (False, True)))
-    offsets, flips = (
-        torch.tensor([case[:2] for case in cases]),
-        torch.tensor([case[2] for case in cases]),
-    )
+    offsets, flips = (torch.tensor([case[:2] for case in cases]), torch.tensor([case[2] for case in cases]))
     index = torch.arange(len(cases)) % 3
     batch = data.augment(data.pad(images), index, offsets, flips)
     assert batch.shape == (162, 3, 32, 32) and batch.is_contiguous(memory_format=torch.channels_last)
@@ -299,13 +281,10 @@ def tensors_and_log(run_dir):
         for row in checkpoint.get("history", []):
             for key in clock:
                 row.pop(key)
-        checkpoint["args"] = {
-            key: value for key, value in checkpoint["args"].items() if key not in train.PLACES
-        }
+        checkpoint["args"] = {key: value for key, value in checkpoint["args"].items() if key not in train.PLACES}
         found[name] = checkpoint
     found["log.csv"] = [
-        {key: value for key, value in row.items() if key not in clock}
-        for row in read_csv(run_dir / "log.csv")
+        {key: value for key, value in row.items() if key not in clock} for row in read_csv(run_dir / "log.csv")
     ]
     return found
 
@@ -435,18 +414,12 @@ def test_train_resume_says_what_it_does():
         ("--smoothing", "0.1", "0.0"),
         ("--amp", "off", "auto"),
     ):
-        refused(
-            train.main, [*TINY, flag, value, "--output-dir", run_dir, "--resume"], 2, flag, value, old
-        )
+        refused(train.main, [*TINY, flag, value, "--output-dir", run_dir, "--resume"], 2, flag, value, old)
     _, printed = quietly(train.main, [*TINY, "--output-dir", str(run_dir), "--resume"])
-    assert "resuming after epoch 1" in printed and equal(
-        tensors_and_log(run_dir), tensors_and_log(straight_run())
-    )
+    assert "resuming after epoch 1" in printed and equal(tensors_and_log(run_dir), tensors_and_log(straight_run()))
     _, printed = quietly(train.main, [*TINY, "--output-dir", str(run_dir), "--resume"])
     assert "already finished after epoch 3" in printed
-    _, printed = quietly(
-        train.main, [*TINY, "--epochs", "2", "--output-dir", str(scratch() / "new"), "--resume"]
-    )
+    _, printed = quietly(train.main, [*TINY, "--epochs", "2", "--output-dir", str(scratch() / "new"), "--resume"])
     assert "nothing to resume" in printed and (scratch() / "new/best.pt").exists()
 
 
@@ -479,9 +452,7 @@ def test_metrics_macro_scores_by_hand():
     confusion = utils.confusion_matrix([0, 0, 0, 0, 1, 1, 2, 2], [0, 0, 1, 0, 1, 0, 0, 1], 3)
     assert confusion.tolist() == [[3, 1, 0], [1, 1, 0], [1, 1, 0]]
     precision, recall, f1 = utils.macro_scores(confusion)  # class 2 is never predicted: 0/0 counts as 0
-    assert math.isclose(precision, (3 / 5 + 1 / 3 + 0) / 3) and math.isclose(
-        recall, (3 / 4 + 1 / 2 + 0) / 3
-    )
+    assert math.isclose(precision, (3 / 5 + 1 / 3 + 0) / 3) and math.isclose(recall, (3 / 4 + 1 / 2 + 0) / 3)
     assert math.isclose(f1, (6 / 9 + 2 / 5 + 0) / 3)
     try:
         utils.macro_scores(np.zeros((2, 3)))
@@ -569,24 +540,15 @@ def test_metrics_intervals():
         low < accuracy < high
         and abs((high - low) / (2 * 1.96 * math.sqrt(accuracy * (1 - accuracy) / 10_000)) - 1) < 0.1
     )
-    assert np.allclose(
-        intervals["macro_recall"], intervals["accuracy"]
-    )  # equally many images of each class
-    assert (
-        0.0
-        <= intervals["errors_within_superclass"][0]
-        <= intervals["errors_within_superclass"][1]
-        <= 1.0
-    )
+    assert np.allclose(intervals["macro_recall"], intervals["accuracy"])  # equally many images of each class
+    assert 0.0 <= intervals["errors_within_superclass"][0] <= intervals["errors_within_superclass"][1] <= 1.0
 
 
 def test_metrics_null_calibration_error_is_what_a_calibrated_model_shows():
     rng = np.random.default_rng(3)
     confidence = rng.uniform(0.5, 1, 5000)
     own = [utils.calibration_error(confidence, rng.random(5000) < confidence) for _ in range(50)]
-    assert abs(evaluate.null_calibration_error(confidence) - np.mean(own)) < 5 * np.std(own) / math.sqrt(
-        50
-    )
+    assert abs(evaluate.null_calibration_error(confidence) - np.mean(own)) < 5 * np.std(own) / math.sqrt(50)
 
 
 def test_metrics_extremes():
@@ -600,10 +562,7 @@ def test_metrics_extremes():
         perfect["accuracy"] == 1 == perfect["macro_f1"]
         and perfect["errors_within_superclass"] is None is perfect["auroc_failure"]
     )
-    assert (
-        hopeless["accuracy"] == 0 == hopeless["macro_f1"]
-        and hopeless["aurc"] == 1 == hopeless["confident_errors"]
-    )
+    assert hopeless["accuracy"] == 0 == hopeless["macro_f1"] and hopeless["aurc"] == 1 == hopeless["confident_errors"]
     assert single["images"] == 1 and single["macro_recall"] == 0.01
     for metrics in (perfect, hopeless, single):
         assert "NaN" not in json.dumps(metrics) and "Infinity" not in json.dumps(metrics)
@@ -627,9 +586,7 @@ def test_gradcam_identities_at_layer4():
     targets = torch.tensor([0, 5, 5, 99, 42, 17])
     maps = gradcam.grad_cam(model, images, targets)
     features = {}
-    handle = model.layer4.register_forward_hook(
-        lambda module, inputs, output: features.update(out=output)
-    )
+    handle = model.layer4.register_forward_hook(lambda module, inputs, output: features.update(out=output))
     with torch.no_grad():
         logits = model(images)
     handle.remove()
@@ -668,9 +625,7 @@ def test_gradcam_batch_modes_and_traces():
     targets = torch.arange(6)
     for layer in ("layer4", "layer3", "layer2.0", "conv1", "layer4.1.conv2"):
         together = gradcam.grad_cam(model, images, targets, layer)
-        single = torch.cat(
-            [gradcam.grad_cam(model, images[n : n + 1], targets[n : n + 1], layer) for n in range(6)]
-        )
+        single = torch.cat([gradcam.grad_cam(model, images[n : n + 1], targets[n : n + 1], layer) for n in range(6)])
         assert torch.allclose(together, single, rtol=1e-3, atol=1e-6), layer
     maps = gradcam.grad_cam(model, images, targets)
     model.train()
@@ -695,9 +650,7 @@ def test_gradcam_with_a_relu_in_place_after_the_layer():
     conv, fc = torch.nn.Conv2d(3, 5, 3, padding=1), torch.nn.Linear(5, 100)
     images, targets = torch.randn(2, 3, 8, 8), torch.tensor([1, 2])
     in_place, plain = (
-        torch.nn.Sequential(
-            conv, torch.nn.ReLU(flag), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), fc
-        )
+        torch.nn.Sequential(conv, torch.nn.ReLU(flag), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), fc)
         for flag in (True, False)
     )
     assert torch.equal(
@@ -711,12 +664,7 @@ def test_gradcam_border_energy():
     maps[1, 3:5, 3:5] = 1
     maps[2, 0, 0] = 1
     energy = gradcam.border_energy(maps)
-    assert (
-        math.isclose(energy[0], 0.4375, rel_tol=1e-5)
-        and energy[1] == 0
-        and energy[2] > 0.8
-        and energy[3].isnan()
-    )
+    assert math.isclose(energy[0], 0.4375, rel_tol=1e-5) and energy[1] == 0 and energy[2] > 0.8 and energy[3].isnan()
     maps[0, 4, 4] = -5  # negative cells do not count
     assert gradcam.border_energy(maps)[0] > 0.4375
 
@@ -745,16 +693,11 @@ def test_gradcam_reads_any_image():
     for name, (image, options, word) in cases.items():
         image.save(scratch() / name, **options)
         pixels, done = gradcam.read_image(scratch() / name)
-        assert pixels.shape == (32, 32, 3) and pixels.dtype == np.uint8 and word in ", ".join(done), (
-            name,
-            done,
-        )
+        assert pixels.shape == (32, 32, 3) and pixels.dtype == np.uint8 and word in ", ".join(done), (name, done)
         assert word or not done
     assert (gradcam.read_image(scratch() / "clear.png")[0] == 255).all()  # white, not the hidden red
     values = gradcam.read_image(scratch() / "wide.png")[0][..., 0]
-    assert (
-        values[0, 0] == 0 and values[-1, -1] == 255 and 100 < values[16, 0] < 156
-    )  # not clipped to white
+    assert values[0, 0] == 0 and values[-1, -1] == 255 and 100 < values[16, 0] < 156  # not clipped to white
     assert gradcam.read_image(scratch() / "rotated.jpg")[1][1].endswith("40x60 to 32x32")
 
 
@@ -771,18 +714,10 @@ def test_chain_learns_and_writes_everything():
         assert (baseline / name).exists() and (smoothed / name).exists(), name
     for name in ("failures.csv", "failures.png", "gradcam.csv", "gradcam.png"):
         assert (baseline / name).exists(), name
-    metrics, config = (
-        json.loads((baseline / name).read_text()) for name in ("metrics.json", "config.json")
-    )
-    assert 0.05 < 1 - metrics["accuracy"] < 0.3, metrics[
-        "accuracy"
-    ]  # learnt, and left something to fail at
+    metrics, config = (json.loads((baseline / name).read_text()) for name in ("metrics.json", "config.json"))
+    assert 0.05 < 1 - metrics["accuracy"] < 0.3, metrics["accuracy"]  # learnt, and left something to fail at
     assert metrics["confident_errors"] > 0
-    assert (
-        config["dataset"] == "synthetic"
-        and config["finished"]
-        and config["threads"] == torch.get_num_threads()
-    )
+    assert config["dataset"] == "synthetic" and config["finished"] and config["threads"] == torch.get_num_threads()
     assert all("SYNTHETIC" in text for text in printed[:4]) and "next: python evaluate.py" in printed[0]
     assert "published study" not in printed[2]  # whose numbers are of real images
     wanted = (
@@ -808,42 +743,30 @@ def test_chain_keeps_row_order_and_agrees_with_itself():
     some = [0, 1, 4_999, 9_999]
     with torch.no_grad():
         mean, std = (torch.tensor(values)[:, None, None] for values in (data.MEAN, data.STD))
-        direct = torch.cat(
-            [model.eval()(((images[i].permute(2, 0, 1) / 255 - mean) / std)[None]) for i in some]
-        )
+        direct = torch.cat([model.eval()(((images[i].permute(2, 0, 1) / 255 - mean) / std)[None]) for i in some])
     assert np.allclose(direct, logits[some], atol=1e-3)
     metrics = json.loads((baseline / "metrics.json").read_text())
-    assert (
-        math.isclose(np.trace(confusion) / confusion.sum(), metrics["accuracy"])
-        and confusion.sum() == 10_000
-    )
+    assert math.isclose(np.trace(confusion) / confusion.sum(), metrics["accuracy"]) and confusion.sum() == 10_000
     assert math.isclose((logits.argmax(1) == labels).mean(), metrics["accuracy"])
     rows = read_csv(baseline / "per_class.csv")
     assert math.isclose(np.mean([float(row["accuracy"]) for row in rows]), metrics["macro_recall"])
     assert math.isclose(np.mean([float(row["f1"]) for row in rows]), metrics["macro_f1"])
     # bf16 or float32, the validation accuracy of training is that of evaluation, give or take a few images
     val_logits, val_labels = np.load(baseline / "val_logits.npy"), np.load(baseline / "val_labels.npy")
-    assert (
-        len(val_labels) == 500
-        and abs((val_logits.argmax(1) == val_labels).mean() - checkpoint["val_acc"]) < 0.02
-    )
+    assert len(val_labels) == 500 and abs((val_logits.argmax(1) == val_labels).mean() - checkpoint["val_acc"]) < 0.02
 
 
 def test_chain_failures():
     (baseline, smoothed), printed = chain()
     rows = read_csv(baseline / "failures.csv")
-    assert list(rows[0])[:6] == "index,true,predicted,confidence,true_probability,same_superclass".split(
-        ","
-    )
+    assert list(rows[0])[:6] == "index,true,predicted,confidence,true_probability,same_superclass".split(",")
     probs, labels = (
         np.exp(utils.log_softmax(np.load(baseline / "test_logits.npy"))),
         np.load(baseline / "test_labels.npy"),
     )
     other = np.load(smoothed / "test_logits.npy").argmax(1)
     expected = sorted(
-        (-probs[i].max(), i)
-        for i in range(10_000)
-        if probs[i].argmax() != labels[i] and probs[i].max() > 0.5
+        (-probs[i].max(), i) for i in range(10_000) if probs[i].argmax() != labels[i] and probs[i].max() > 0.5
     )
     assert [int(row["index"]) for row in rows] == [i for _, i in expected] and len(rows) > 10
     for row in rows[:20]:
@@ -860,10 +783,7 @@ def test_chain_failures():
         )
         assert row["outcome"] == fate
     assert sum(row["representative"] == "1" for row in rows) == 3 and rows[0]["representative"] == "1"
-    assert (
-        f"{len(rows):,} SYNTHETIC data test images that are wrong with confidence above 0.5"
-        in printed[3]
-    )
+    assert f"{len(rows):,} SYNTHETIC data test images that are wrong with confidence above 0.5" in printed[3]
 
 
 def test_chain_failures_representative_rule():
@@ -887,13 +807,10 @@ def test_chain_gradcam():
         target = int(
             row["target"][-2:]
         )  # the sum over the cells is the logit without its bias, through the whole chain
-        assert math.isclose(
-            float(row["map_sum"]) + bias[target], logits[int(failure["index"]), target], abs_tol=1e-3
-        )
+        assert math.isclose(float(row["map_sum"]) + bias[target], logits[int(failure["index"]), target], abs_tol=1e-3)
     run_dir = copy_of_run("explained", "last.pt")
     rows, printed = quietly(
-        gradcam.main,
-        [str(run_dir), "--index", "3", "3", "141", "--layer", "layer3", "--target", "synthetic_07"],
+        gradcam.main, [str(run_dir), "--index", "3", "3", "141", "--layer", "layer3", "--target", "synthetic_07"]
     )
     assert len(rows) == 2 and rows[0]["target"] == "synthetic_07" and "8x8 cells at layer3" in printed
     from PIL import Image
@@ -915,10 +832,7 @@ def test_chain_evaluates_again_without_checkpoint_and_data():
         metrics = quietly(evaluate.main, [str(run_dir)])[0][str(run_dir)]
     finally:
         evaluate.load_dataset = load
-    assert (
-        abs(metrics["accuracy"] - before["accuracy"]) < 0.001
-        and abs(metrics["nll"] - before["nll"]) < 0.001
-    )
+    assert abs(metrics["accuracy"] - before["accuracy"]) < 0.001 and abs(metrics["nll"] - before["nll"]) < 0.001
     assert (run_dir / "confusion.png").exists()
 
 
@@ -1051,11 +965,7 @@ def test_bad_checkpoints():
         "DataParallel": checkpoint | {"model": {f"module.{key}": value for key, value in state.items()}},
         "compiled": checkpoint | {"model": {f"_orig_mod.{key}": value for key, value in state.items()}},
         "half": checkpoint
-        | {
-            "model": {
-                key: value.half() if value.is_floating_point() else value for key, value in state.items()
-            }
-        },
+        | {"model": {key: value.half() if value.is_floating_point() else value for key, value in state.items()}},
     }.items():
         (run_dir / "best.pt").write_bytes(saved(content))
         assert len(quietly(gradcam.main, [str(run_dir), "--index", "1"])[0]) == 1, name
@@ -1139,9 +1049,7 @@ def test_bad_failures_csv():
         (run_dir / "failures.csv").write_text(content)
         refused(gradcam.main, [run_dir], 2, "failures.csv", "failures.py")
     (run_dir / "failures.csv").write_text(
-        good.replace(
-            first.split(",")[2], "synthetic_77" if "synthetic_77" not in first else "synthetic_78"
-        )
+        good.replace(first.split(",")[2], "synthetic_77" if "synthetic_77" not in first else "synthetic_78")
     )
     refused(gradcam.main, [run_dir], 2, "not of this best.pt")
     (run_dir / "failures.csv").unlink()
@@ -1242,12 +1150,7 @@ def test_bad_downloads():
             "eb9058c3",
         )
         stop()
-    refused(
-        lambda argv: data.load_cifar100(scratch() / "download", url="http://127.0.0.1:9/x"),
-        [],
-        1,
-        "refused",
-    )
+    refused(lambda argv: data.load_cifar100(scratch() / "download", url="http://127.0.0.1:9/x"), [], 1, "refused")
     refused(lambda argv: data.load_cifar100(scratch() / "download", url="nonsense"), [], 1, "nonsense")
     assert not (scratch() / "pwned").exists() and not list(scratch().glob("download*/cifar-100-python"))
 
@@ -1284,15 +1187,11 @@ def test_download_works():
         hashlib.md5(archive.getvalue()).hexdigest(),
     )
     try:
-        (images, labels), printed = quietly(
-            lambda: data.load_cifar100(scratch() / "fetched", train=False, url=url)
-        )
+        (images, labels), printed = quietly(lambda: data.load_cifar100(scratch() / "fetched", train=False, url=url))
     finally:
         torchvision.datasets.CIFAR100.tgz_md5 = md5
         stop()
-    assert (
-        len(images) == 10_000 and "downloading" in printed and "%" in printed
-    )  # it shows that it moves
+    assert len(images) == 10_000 and "downloading" in printed and "%" in printed  # it shows that it moves
     shutil.rmtree(scratch() / "fetched")
 
 
@@ -1320,14 +1219,11 @@ def test_places_exit_codes_and_one_line():
         (["failures.py", run_dir, "--threshold", "0.5", "--device", "cpu"], 0, ""),
     ):
         done = script(*argv)
-        assert (
-            done.returncode == code
-            and done.stderr.startswith(word)
-            and done.stderr.count("\n") == (code > 0)
-        ), (argv, done.stderr)
-        assert (
-            "Traceback" not in done.stderr and "\r" not in done.stdout
-        )  # no terminal: whole lines only
+        assert done.returncode == code and done.stderr.startswith(word) and done.stderr.count("\n") == (code > 0), (
+            argv,
+            done.stderr,
+        )
+        assert "Traceback" not in done.stderr and "\r" not in done.stdout  # no terminal: whole lines only
 
 
 def test_places_signals():
@@ -1348,12 +1244,7 @@ def test_places_signals():
             str(run_dir),
         ]
         process = subprocess.Popen(
-            command,
-            cwd=HERE,
-            env=environment(),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
+            command, cwd=HERE, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
         while not (run_dir / "log.csv").exists() and process.poll() is None:
             time.sleep(0.05)
@@ -1519,16 +1410,7 @@ def long_test_500_mutations():
         for key, value in checkpoint["args"].items()
         if key not in train.PLACES and value not in (None, False)
     ]
-    resume = [
-        *flags,
-        "--dataset",
-        "synthetic",
-        "--device",
-        "cpu",
-        "--output-dir",
-        str(run_dir),
-        "--resume",
-    ]
+    resume = [*flags, "--dataset", "synthetic", "--device", "cpu", "--output-dir", str(run_dir), "--resume"]
     explain, evaluation, failed = (
         [str(run_dir), "--index", "1", "2"],
         [str(run_dir)],
@@ -1548,11 +1430,7 @@ def long_test_500_mutations():
         ):
             good = path.read_bytes()
             expected = {module: quietly(module.main, argv)[0] for module, argv in calls}
-            others = {
-                other: other.read_bytes()
-                for other in run_dir.iterdir()
-                if other.is_file() and other != path
-            }
+            others = {other: other.read_bytes() for other in run_dir.iterdir() if other.is_file() and other != path}
             for damaged in mutations(good, count, rng):
                 for module, argv in calls:
                     path.write_bytes(damaged)
@@ -1577,11 +1455,7 @@ def long_test_500_mutations():
 
 
 def run_tests(patterns, long):
-    tests = [
-        f
-        for name, f in globals().items()
-        if name.startswith(("test_", "long_test_") if long else "test_")
-    ]
+    tests = [f for name, f in globals().items() if name.startswith(("test_", "long_test_") if long else "test_")]
     tests = [f for f in tests if not patterns or any(pattern in f.__name__ for pattern in patterns)]
     counts = {"passed": 0, "failed": 0, "skipped": 0}
     for test in tests:

@@ -4,10 +4,11 @@
     python train.py --smoothing 0.1     # the one modification                -> runs/smoothing0.1
     python train.py --resume            # the same command goes on with a run that was killed
 
-Writes into runs/<name>, where the name says which flags differ from their defaults: config.json, log.csv (a row an
-epoch), curves.png, last.pt (all that --resume needs) and best.pt (the weights of the best validation epoch, which
-evaluate.py and gradcam.py read). 5,000 of the training images are held out for validation; the test set is not touched.
-On a CPU, and with --deterministic on one GPU, a resumed run ends with the same bits as an undisturbed one.
+Writes into runs/<name>, where the name says which flags differ from their defaults: config.json, log.csv (a
+row an epoch), curves.png, last.pt (all that --resume needs) and best.pt (the weights of the best validation
+epoch, which evaluate.py and gradcam.py read). 5,000 of the training images are held out for validation; the
+test set is not touched. On a CPU, and with --deterministic on one GPU, a resumed run ends with the same bits
+as an undisturbed one.
 """
 
 import contextlib
@@ -34,88 +35,31 @@ PLACES = {"data_dir", "data_url", "device", "output_dir", "resume"}  # flags tha
 def parse_args(argv):
     parser = utils.ArgumentParser(__doc__)
     recipe = parser.add_argument_group("recipe")
-    recipe.add_argument(
-        "--smoothing",
-        type=float,
-        default=0.0,
-        help="label smoothing a: targets are (1 - a) one-hot + a / 100",
-    )
-    recipe.add_argument(
-        "--epochs", type=int, default=40, help="passes over the training images, at most"
-    )
-    recipe.add_argument("--batch-size", type=int, default=128, help="images per step")
-    recipe.add_argument("--lr", type=float, default=0.01, help="learning rate at the end of the warmup")
-    recipe.add_argument("--momentum", type=float, default=0.9, help="Nesterov momentum")
-    recipe.add_argument("--weight-decay", type=float, default=5e-4, help="L2 penalty, on all parameters")
-    recipe.add_argument(
-        "--warmup-epochs",
-        type=int,
-        help="epochs of linear warmup before the cosine decay to zero (default: 2, or all but one of a shorter run)",
-    )
-    recipe.add_argument(
-        "--patience",
-        type=int,
-        default=10,
-        help="stop after this many epochs without a better validation accuracy; 0: never",
-    )
-    recipe.add_argument(
-        "--seed",
-        type=int,
-        default=42,
-        help="of the split, the initial weights, the order and the augmentation",
-    )
-    recipe.add_argument(
-        "--val-size",
-        type=int,
-        default=5000,
-        help="training images held out, the same number of each class",
-    )
-    recipe.add_argument(
-        "--width",
-        type=int,
-        default=64,
-        help="channels of the first stage; 16 is several times faster on a CPU",
-    )
-    recipe.add_argument(
-        "--limit",
-        type=int,
-        metavar="N",
-        help="train on the first N training images only, for a quick look",
-    )
-    recipe.add_argument(
-        "--amp",
-        choices=["auto", "bf16", "fp16", "off"],
-        default="auto",
-        help="mixed precision; auto takes what is fast here",
-    )
-    recipe.add_argument(
-        "--compile",
-        action="store_true",
-        help="torch.compile: a minute longer to start, then faster on a GPU",
-    )
-    recipe.add_argument(
-        "--deterministic",
-        action="store_true",
-        help="the same bits in every run on one GPU, somewhat slower",
-    )
-    places = parser.add_argument_group("where")
-    utils.add_common_flags(places, dataset="cifar100")
-    places.add_argument(
-        "--data-url",
-        metavar="URL",
-        help="where to download cifar-100-python.tar.gz, if not from its authors",
-    )
-    places.add_argument("--output-dir", metavar="DIR", help="the run directory, if not runs/<name>")
-    places.add_argument(
-        "--resume",
-        action="store_true",
-        help="continue the run from its last.pt; start it if there is none",
-    )
+    add = recipe.add_argument
+    add("--smoothing", type=float, default=0.0, help="label smoothing a: targets are (1 - a) one-hot + a / 100")
+    add("--epochs", type=int, default=40, help="passes over the training images, at most")
+    add("--batch-size", type=int, default=128, help="images per step")
+    add("--lr", type=float, default=0.01, help="learning rate at the end of the warmup")
+    add("--momentum", type=float, default=0.9, help="Nesterov momentum")
+    add("--weight-decay", type=float, default=5e-4, help="L2 penalty, on all parameters")
+    add("--warmup-epochs", type=int, help="epochs of linear warmup (default: 2, or all but one of a shorter run)")
+    add("--patience", type=int, default=10, help="stop after so many epochs without a better accuracy; 0: never")
+    add("--seed", type=int, default=42, help="of the split, the initial weights, the order and the augmentation")
+    add("--val-size", type=int, default=5000, help="training images held out, equally many of each class")
+    add("--width", type=int, default=64, help="channels of the first stage; 16 is several times faster on a CPU")
+    add("--limit", type=int, metavar="N", help="train on the first N training images only, for a quick look")
+    add("--amp", choices=["auto", "bf16", "fp16", "off"], default="auto", help="mixed precision; auto: what is fast")
+    add("--compile", action="store_true", help="torch.compile: starts later, and may be faster on a GPU")
+    add("--deterministic", action="store_true", help="the same bits in every run on one GPU, somewhat slower")
+
+    where = parser.add_argument_group("where")
+    utils.add_common_flags(where, dataset="cifar100")
+    where.add_argument("--data-url", metavar="URL", help="where to download cifar-100-python.tar.gz from")
+    where.add_argument("--output-dir", metavar="DIR", help="the run directory, if not runs/<name>")
+    where.add_argument("--resume", action="store_true", help="go on from the run's last.pt; start if there is none")
     args = parser.parse_args(argv)
     recipe_flags = [action.dest for action in recipe._group_actions]
-    args.output_dir = args.output_dir or str(
-        Path("runs") / run_name(args, recipe_flags, parser.get_default)
-    )
+    args.output_dir = args.output_dir or str(Path("runs") / run_name(args, recipe_flags, parser.get_default))
     if args.warmup_epochs is None:
         args.warmup_epochs = min(2, max(args.epochs - 1, 0))
 
@@ -124,24 +68,17 @@ def parse_args(argv):
             value = getattr(args, flag[2:].replace("-", "_"))
             parser.error(f"{flag} {value} must be {wanted}")
 
-    require(
-        "--smoothing", 0 <= args.smoothing < 1, "in [0, 1)"
-    )  # torch trains with 0 if it is negative or NaN
+    # torch trains without smoothing if it is negative or NaN, and says nothing
+    require("--smoothing", 0 <= args.smoothing < 1, "in [0, 1)")
     require("--epochs", args.epochs >= 1, "at least 1")
     require("--lr", 0 < args.lr < math.inf, "positive and finite")
     require("--momentum", 0 < args.momentum < 1, "in (0, 1)")
     require("--weight-decay", 0 <= args.weight_decay < math.inf, "0 or positive, and finite")
-    require(
-        "--warmup-epochs",
-        0 <= args.warmup_epochs < args.epochs,
-        f"at least 0 and below --epochs {args.epochs}",
-    )
+    require("--warmup-epochs", 0 <= args.warmup_epochs < args.epochs, f"at least 0 and below --epochs {args.epochs}")
     require("--patience", args.patience >= 0, "at least 0")
     require("--seed", 0 <= args.seed < 2**32, "in 0..4294967295")
     require(
-        "--val-size",
-        100 <= args.val_size < 50_000 and args.val_size % 100 == 0,
-        "a multiple of 100 in 100..49900",
+        "--val-size", 100 <= args.val_size < 50_000 and args.val_size % 100 == 0, "a multiple of 100 in 100..49900"
     )
     require("--width", 1 <= args.width <= 1024, "in 1..1024")
     train_size = 50_000 - args.val_size
@@ -151,11 +88,7 @@ def parse_args(argv):
         f"in 1..{train_size}, the training images there are",
     )
     train_size = args.limit or train_size
-    require(
-        "--batch-size",
-        2 <= args.batch_size <= train_size,
-        f"in 2..{train_size}, the number of training images",
-    )
+    require("--batch-size", 2 <= args.batch_size <= train_size, f"in 2..{train_size}, the number of training images")
     return args
 
 
@@ -172,16 +105,12 @@ def run_name(args, recipe_flags, default):
 def select_precision(amp, device):
     """(dtype, reason): the dtype for torch.autocast, None for float32, and why.
 
-    Hardware without bfloat16 emulates it, several times slower than float32; torch.cuda.is_bf16_supported() counts that
-    as support. float16 needs a GradScaler: gradients below 6e-8 would become zero.
+    Hardware without bfloat16 emulates it, several times slower than float32; torch.cuda.is_bf16_supported()
+    counts that as support. float16 needs a GradScaler: gradients below 6e-8 would become zero.
     """
     if device.type == "cuda":
         capability = torch.cuda.get_device_capability(device)
-        fast, reason = (
-            ("bf16", "fast on this GPU")
-            if capability >= (8, 0)
-            else ("fp16", "this GPU has no bfloat16")
-        )
+        fast, reason = ("bf16", "fast on this GPU") if capability >= (8, 0) else ("fp16", "this GPU has no bfloat16")
         possible = {"off", "fp16", fast}
     elif device.type == "cpu":
         try:
@@ -206,8 +135,9 @@ def select_precision(amp, device):
 def lr_at(step, total_steps, warmup_steps, peak):
     """Learning rate of one optimizer step, counted from 0: linear up to peak, then a cosine down to zero.
 
-    A plain function of the step: nothing to save, nothing to restore. At step warmup_steps - 1 it is peak exactly.
-    Loshchilov and Hutter, arXiv:1608.03983, without restarts; warmup as in Goyal et al., arXiv:1706.02677.
+    A plain function of the step: nothing to save, nothing to restore. At step warmup_steps - 1 it is peak
+    exactly. Loshchilov and Hutter, arXiv:1608.03983, without restarts; warmup as in Goyal et al.,
+    arXiv:1706.02677.
     """
     if step < warmup_steps:
         return peak * ((step + 1) / warmup_steps)
@@ -221,9 +151,7 @@ def exclusive(run_dir):
         run_dir.mkdir(parents=True, exist_ok=True)
         lock = open(run_dir / ".lock", "w")
     except OSError as error:
-        raise ScriptError(
-            f"cannot write to {run_dir} ({error.strerror}); choose another --output-dir"
-        ) from None
+        raise ScriptError(f"cannot write to {run_dir} ({error.strerror}); choose another --output-dir") from None
     with lock:
         try:
             import fcntl
@@ -249,19 +177,12 @@ def load_last(run_dir, args):
         return None
     if not last.exists():
         if (run_dir / "log.csv").exists():
-            raise ScriptError(
-                f"{run_dir} has a log.csv but no last.pt to go on from; use another --output-dir"
-            )
+            raise ScriptError(f"{run_dir} has a log.csv but no last.pt to go on from; use another --output-dir")
         print(f"nothing to resume in {run_dir} yet, starting from the beginning")
         return None
     checkpoint = utils.load_checkpoint(last)
-    if (
-        not {"optimizer", "scaler", "history", "setup", "best_epoch", "best_acc", "finished"}
-        <= checkpoint.keys()
-    ):
-        raise ScriptError(
-            f"{last} holds weights only, it may be a best.pt; put the real last.pt back, or train anew"
-        )
+    if not {"optimizer", "scaler", "history", "setup", "best_epoch", "best_acc", "finished"} <= checkpoint.keys():
+        raise ScriptError(f"{last} holds weights only, it may be a best.pt; put the real last.pt back, or train anew")
     for flag, old in checkpoint["args"].items():
         new = getattr(args, flag, None)
         if flag not in PLACES and new != old:
@@ -282,19 +203,13 @@ def save_checkpoint(path, content):
 def draw_curves(path, history, best_epoch, title):
     figure, (left, right) = utils.new_figure(10, 4, 1, 2)
     epochs = [row["epoch"] for row in history]
-    for axes, key, scale, label in (
-        (left, "loss", 1, "cross-entropy (nats)"),
-        (right, "acc", 100, "accuracy (%)"),
-    ):
+    for axes, key, scale, label in ((left, "loss", 1, "cross-entropy (nats)"), (right, "acc", 100, "accuracy (%)")):
         for part, name, style in (("train", "training, augmented", "-o"), ("val", "validation", "--o")):
             color = utils.BLUE if part == "train" else utils.VERMILION
             values = [scale * row[f"{part}_{key}"] for row in history]
             axes.plot(epochs, values, style, color=color, label=name, markersize=3)
         axes.axvline(
-            best_epoch,
-            color=utils.GRAY,
-            linestyle=":",
-            label=f"best validation accuracy: epoch {best_epoch}",
+            best_epoch, color=utils.GRAY, linestyle=":", label=f"best validation accuracy: epoch {best_epoch}"
         )
         axes.set(xlabel="epoch", ylabel=label)
         axes.xaxis.get_major_locator().set_params(integer=True)
@@ -303,9 +218,7 @@ def draw_curves(path, history, best_epoch, title):
     utils.save_figure(figure, path)
 
 
-HEADER = (
-    "  epoch       lr  train loss  train %  val loss   val %     best @ epoch  seconds  images/s  left"
-)
+HEADER = "  epoch       lr  train loss  train %  val loss   val %     best @ epoch  seconds  images/s  left"
 
 
 def epoch_line(row, best_acc, best_epoch, epochs):
@@ -322,9 +235,7 @@ def check_finite(loss, where, history):
     """Stop a run that has diverged before it overwrites a good checkpoint. loss: a tensor; waits for the device."""
     if not math.isfinite(loss.item()):
         kept = f"last.pt is of epoch {len(history)}" if history else "nothing was saved yet"
-        raise ScriptError(
-            f"training diverged (loss is NaN or infinite) {where}; {kept}; try a lower --lr", code=1
-        )
+        raise ScriptError(f"training diverged (loss is NaN or infinite) {where}; {kept}; try a lower --lr", code=1)
 
 
 def main(argv=None):
@@ -347,9 +258,7 @@ def train(args, device, precision, run_dir, checkpoint=None):
     for stale in run_dir.glob(".*.partial"):  # of a process that was killed while it wrote
         stale.unlink()
     if args.deterministic:
-        os.environ.setdefault(
-            "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
-        )  # older torch asks for it, before cuBLAS starts
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # older torch asks for it, before cuBLAS starts
     torch.use_deterministic_algorithms(args.deterministic)
     torch.backends.cudnn.benchmark = not args.deterministic  # else it picks algorithms by timing them
 
@@ -368,18 +277,17 @@ def train(args, device, precision, run_dir, checkpoint=None):
         args.momentum,
         weight_decay=args.weight_decay,
         nesterov=True,
-        fused=device.type
-        != "mps",  # one kernel for all parameters, and no wait for the scaler's overflow check
+        fused=device.type != "mps",  # one kernel for all parameters, and no wait for the scaler's overflow check
     )
-    for parameter in (
-        model.parameters()
-    ):  # else fused SGD starts from uninitialised memory if fp16 overflows in step 0
+    for (
+        parameter
+    ) in model.parameters():  # else fused SGD starts from uninitialised memory if fp16 overflows in step 0
         optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     dtype, reason = precision
     scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
 
-    # The last, smaller batch of an epoch is left out: its few images would make a step as long as any other, on a
-    # noisier gradient. The order is another one in every epoch, so these are other images each time.
+    # The last, smaller batch of an epoch is left out: its few images would make a step as long as any other,
+    # on a noisier gradient. The order is another one in every epoch, so these are other images each time.
     steps_per_epoch = len(train_images) // args.batch_size
     total_steps, warmup_steps = args.epochs * steps_per_epoch, args.warmup_epochs * steps_per_epoch
     setup = {  # what decides the bits besides the arguments
@@ -402,11 +310,7 @@ def train(args, device, precision, run_dir, checkpoint=None):
     history, best_epoch, best_acc = [], 0, -1.0
     if checkpoint:
         restore(checkpoint, model, optimizer, scaler, run_dir / "last.pt")
-        history, best_epoch, best_acc = (
-            checkpoint["history"],
-            checkpoint["best_epoch"],
-            checkpoint["best_acc"],
-        )
+        history, best_epoch, best_acc = (checkpoint["history"], checkpoint["best_epoch"], checkpoint["best_acc"])
         print(f"resuming after epoch {len(history)}")
         for key, now in setup.items():
             then = checkpoint["setup"].get(key)
@@ -422,12 +326,8 @@ def train(args, device, precision, run_dir, checkpoint=None):
         print(HEADER, flush=True)
         for epoch in range(len(history) + 1, args.epochs + 1):
             start = time.monotonic()
-            order, offsets, flips = (
-                part.to(device) for part in epoch_plan(args.seed, epoch, len(train_images))
-            )
-            loss_sum, hits = torch.zeros(
-                (2,), device=device
-            )  # summed there: reading a number waits for the device
+            order, offsets, flips = (part.to(device) for part in epoch_plan(args.seed, epoch, len(train_images)))
+            loss_sum, hits = torch.zeros((2,), device=device)  # summed there: reading a number waits for the device
             model.train()
             for i in range(steps_per_epoch):
                 step = (epoch - 1) * steps_per_epoch + i
@@ -436,9 +336,7 @@ def train(args, device, precision, run_dir, checkpoint=None):
                     group["lr"] = lr
 
                 batch = slice(i * args.batch_size, (i + 1) * args.batch_size)
-                inputs = augment(
-                    train_images, order[batch], offsets[batch], flips[batch]
-                )  # (B, 3, 32, 32)
+                inputs = augment(train_images, order[batch], offsets[batch], flips[batch])  # (B, 3, 32, 32)
                 targets = train_labels[order[batch]]  # (B,)
                 with torch.autocast(device.type, dtype, enabled=dtype is not None):
                     logits = net(inputs)  # (B, 100)
@@ -454,8 +352,7 @@ def train(args, device, precision, run_dir, checkpoint=None):
                     check_finite(loss_sum, f"by step {step + 1}", history)
                     speed = (i + 1) * args.batch_size / (time.monotonic() - start)
                     in_epoch, in_run = (
-                        n * args.batch_size / speed
-                        for n in (steps_per_epoch - i - 1, total_steps - step - 1)
+                        n * args.batch_size / speed for n in (steps_per_epoch - i - 1, total_steps - step - 1)
                     )
                     progress.show(
                         f"epoch {epoch}/{args.epochs}, step {i + 1}/{steps_per_epoch}: loss {loss_sum.item() / (i + 1):.3f}, "
@@ -465,16 +362,13 @@ def train(args, device, precision, run_dir, checkpoint=None):
             trained = time.monotonic()
 
             with torch.autocast(device.type, dtype, enabled=dtype is not None):
-                val_logits = utils.predict(
-                    model, map(normalize, val_images.split(500))
-                )  # (5000, 100) float32
+                val_logits = utils.predict(model, map(normalize, val_images.split(500)))  # (5000, 100) float32
             val_loss = F.cross_entropy(val_logits, val_labels)
             check_finite(val_loss, f"by step {step + 1}", history)
             row = {
                 "epoch": epoch,
                 "lr": lr,  # of the epoch's last step
-                "train_loss": loss_sum.item()
-                / steps_per_epoch,  # on augmented images, with the smoothing
+                "train_loss": loss_sum.item() / steps_per_epoch,  # on augmented images, with the smoothing
                 "train_acc": hits.item() / (steps_per_epoch * args.batch_size),
                 "val_loss": val_loss.item(),  # without smoothing, so that runs compare
                 "val_acc": (val_logits.argmax(1) == val_labels).sum().item() / len(val_labels),
@@ -486,7 +380,8 @@ def train(args, device, precision, run_dir, checkpoint=None):
                 best_epoch, best_acc = epoch, row["val_acc"]
             tired = args.patience > 0 and epoch - best_epoch >= args.patience
 
-            # best.pt before last.pt: killed in between, the epoch is repeated and writes the same best.pt again.
+            # best.pt before last.pt: killed in between, the epoch is repeated and writes the same best.pt
+            # again.
             common = {"format": 1, "args": vars(args), "epoch": epoch, "model": model.state_dict()}
             common["split"] = split_id(val_index)
             if better:
@@ -515,9 +410,7 @@ def train(args, device, precision, run_dir, checkpoint=None):
         code = 143 if isinstance(interrupt, utils.Terminated) else 130
         kept = "nothing was saved yet; start again with the same command and --resume"
         if history:
-            kept = (
-                f"last.pt holds epoch {len(history)}; the same command with --resume goes on from there"
-            )
+            kept = f"last.pt holds epoch {len(history)}; the same command with --resume goes on from there"
         raise ScriptError(f"stopped in epoch {len(history) + 1}; {kept}", code) from None
     except Exception as error:
         if args.compile and not isinstance(error, ScriptError) and not history:
@@ -540,20 +433,14 @@ def restore(checkpoint, model, optimizer, scaler, path):
 
 def finish(run_dir, args, checkpoint):
     """Write what the end of training leaves to write; also again, if a kill came just before it."""
-    history, best_epoch, best_acc = (
-        checkpoint["history"],
-        checkpoint["best_epoch"],
-        checkpoint["best_acc"],
-    )
+    history, best_epoch, best_acc = (checkpoint["history"], checkpoint["best_epoch"], checkpoint["best_acc"])
     _, config = utils.open_run(run_dir)
     utils.write_json(run_dir / "config.json", config | {"finished": True})
     utils.write_csv(run_dir / "log.csv", COLUMNS, history)
     title = f"ResNet-18 on {TITLES[args.dataset]}: {run_dir.name}"
     draw_curves(run_dir / "curves.png", history, best_epoch, title)
     seconds = sum(row["seconds"] for row in history)
-    print(
-        f"best validation accuracy {100 * best_acc:.2f} % in epoch {best_epoch}; trained for {duration(seconds)}"
-    )
+    print(f"best validation accuracy {100 * best_acc:.2f} % in epoch {best_epoch}; trained for {duration(seconds)}")
     print(f"wrote config.json, log.csv, curves.png, last.pt and best.pt to {run_dir}")
     print(f"next: python evaluate.py {utils.quote(run_dir)}")
     return {"run_dir": str(run_dir), "best_epoch": best_epoch, "val_acc": best_acc}

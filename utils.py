@@ -25,20 +25,17 @@ from pathlib import Path
 import numpy as np
 import torch
 
-BLUE, VERMILION, GRAY = (
-    "#0072B2",
-    "#D55E00",
-    "#999999",
-)  # Okabe and Ito: told apart by colour-blind readers too
+BLUE, VERMILION, GRAY = ("#0072B2", "#D55E00", "#999999")  # Okabe and Ito: told apart by colour-blind readers too
 
 
-# ---- errors and the command line -------------------------------------------------------------------------------------
+# ---- errors and the command line ---------------------------------------------------------------------------
 
 
 class ScriptError(Exception):
     """One line for the user: what is wrong; what to do.
 
-    code: the exit status. 2: a wrong argument or input file. 1: the world failed (network, disk, memory, divergence).
+    code: the exit status. 2: a wrong argument or input file. 1: the world failed (network, disk, memory,
+    divergence).
     """
 
     def __init__(self, message, code=2):
@@ -58,7 +55,8 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
 class ArgumentParser(argparse.ArgumentParser):
     """argparse that prints the docstring and the defaults in --help and takes no abbreviations.
 
-    It raises ScriptError instead of SystemExit, so that main([...]) in a notebook cell raises an ordinary exception.
+    It raises ScriptError instead of SystemExit, so that main([...]) in a notebook cell raises an ordinary
+    exception.
     """
 
     def __init__(self, docstring):
@@ -81,25 +79,21 @@ def add_common_flags(parser, dataset=None):
         + ("" if dataset else " (default: the one the run was trained on)"),
     )
     parser.add_argument(
-        "--device",
-        default="auto",
-        help="auto, cpu, cuda, cuda:N or mps; auto takes a GPU if there is one",
+        "--device", default="auto", help="auto, cpu, cuda, cuda:N or mps; auto takes a GPU if there is one"
     )
 
 
 def run_script(main):
-    """Run main() as a script does: one line on stderr instead of a traceback, and an exit status that tells what failed.
+    """Run main() as a script does: one line on stderr instead of a traceback, and a telling exit status.
 
-    0: done. 2: a wrong argument or input file. 1: the world failed. 130: Ctrl-C. 143: SIGTERM. A bug in these scripts
-    still shows its traceback.
+    0: done. 2: a wrong argument or input file. 1: the world failed. 130: Ctrl-C. 143: SIGTERM. A bug in these
+    scripts still shows its traceback.
     """
 
     def terminate(signum, frame):
         raise Terminated
 
-    signal.signal(
-        signal.SIGTERM, terminate
-    )  # by default SIGTERM ends Python without running any `finally`
+    signal.signal(signal.SIGTERM, terminate)  # by default SIGTERM ends Python without running any `finally`
     try:
         main()
         sys.stdout.flush()
@@ -137,7 +131,7 @@ def warn(message):
     print(f"warning: {message}", file=sys.stderr, flush=True)
 
 
-# ---- files -----------------------------------------------------------------------------------------------------------
+# ---- files -------------------------------------------------------------------------------------------------
 
 
 def write_file(path, write):
@@ -203,12 +197,8 @@ def open_run(text):
     if run_dir.is_file():
         raise ScriptError(f"{run_dir} is a file; name the run directory, such as {run_dir.parent}")
     config = read_json(run_dir / "config.json", "python train.py")
-    if config.get("dataset") not in ("cifar100", "synthetic") or not isinstance(
-        config.get("args"), dict
-    ):
-        raise ScriptError(
-            f"{run_dir / 'config.json'} is not of train.py; name a run directory of python train.py"
-        )
+    if config.get("dataset") not in ("cifar100", "synthetic") or not isinstance(config.get("args"), dict):
+        raise ScriptError(f"{run_dir / 'config.json'} is not of train.py; name a run directory of python train.py")
     if not os.access(run_dir, os.W_OK):
         raise ScriptError(f"{run_dir} cannot be written to; copy it to a folder of yours")
     return run_dir, config
@@ -217,9 +207,7 @@ def open_run(text):
 def check_dataset(run_dir, dataset, asked):
     """The data set is the run's; --dataset may only repeat it."""
     if asked not in (None, dataset):
-        raise ScriptError(
-            f"{run_dir} was trained on {dataset}, not on --dataset {asked}; leave the flag out"
-        )
+        raise ScriptError(f"{run_dir} was trained on {dataset}, not on --dataset {asked}; leave the flag out")
 
 
 def check_torch():
@@ -231,14 +219,13 @@ def check_torch():
 def load_checkpoint(path):
     """The dict that train.py saved: tensors and plain Python only, on the CPU.
 
-    Nothing in the file is executed (weights_only), and its CRC sums are compared first, which torch.load does not do: a
-    flipped bit in a tensor would go unnoticed. Raises ScriptError for anything but an intact checkpoint of this project.
+    Nothing in the file is executed (weights_only), and its CRC sums are compared first, which torch.load does
+    not do: a flipped bit in a tensor would go unnoticed. Raises ScriptError for anything but an intact
+    checkpoint of this project.
     """
     path = Path(path)
     if not path.is_file():
-        raise ScriptError(
-            f"no {path}; run python train.py first, or name the folder of a run that has it"
-        )
+        raise ScriptError(f"no {path}; run python train.py first, or name the folder of a run that has it")
     check_torch()
     try:
         content = path.read_bytes()  # checked and loaded from the same bytes
@@ -247,14 +234,10 @@ def load_checkpoint(path):
         if damaged:
             raise zipfile.BadZipFile(f"wrong CRC in {damaged}")
         checkpoint = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    except (
-        Exception
-    ) as error:  # pickle, zip and torch raise anything from KeyError to UnicodeDecodeError here
+    except Exception as error:  # pickle, zip and torch raise anything from KeyError to UnicodeDecodeError here
         reason = re.search(r"GLOBAL (\S+)", str(error))
         reason = (
-            f"it asks to run {reason[1]}"
-            if reason
-            else (str(error).strip() or type(error).__name__).splitlines()[0]
+            f"it asks to run {reason[1]}" if reason else (str(error).strip() or type(error).__name__).splitlines()[0]
         )
         raise ScriptError(
             f"{path} is not a checkpoint of this project ({reason}); refused, nothing was executed"
@@ -277,9 +260,7 @@ def load_checkpoint(path):
     except (TypeError, KeyError, AttributeError, IndexError):
         sound = False
     if not sound:
-        raise ScriptError(
-            f"{path} is not a checkpoint of this version of train.py; train one with python train.py"
-        )
+        raise ScriptError(f"{path} is not a checkpoint of this version of train.py; train one with python train.py")
     return checkpoint
 
 
@@ -297,9 +278,7 @@ def load_weights(model, state, path):
             f"{path} is of another network ({len(wrong)} tensors differ: {', '.join(wrong[:3])}); train it with train.py"
         )
     if not all(tensor.isfinite().all() for tensor in state.values()):
-        raise ScriptError(
-            f"{path} holds NaN or infinite weights; the run diverged, train again with a lower --lr"
-        )
+        raise ScriptError(f"{path} holds NaN or infinite weights; the run diverged, train again with a lower --lr")
     model.load_state_dict(state)
 
 
@@ -312,30 +291,21 @@ def load_array(path, made_by):
         return array
     except FileNotFoundError:
         raise ScriptError(f"no {path}; run {made_by} first") from None
-    except (
-        Exception
-    ) as error:  # numpy raises EOFError, ValueError, MemoryError, SyntaxError... on damaged headers
-        reason = (
-            "no .npy file, or pickled objects in it" if "pickle" in str(error) else type(error).__name__
-        )
-        raise ScriptError(
-            f"{path} is not readable as a NumPy array ({reason}); run {made_by} --refresh"
-        ) from None
+    except Exception as error:  # numpy raises EOFError, ValueError, MemoryError, SyntaxError... on damaged headers
+        reason = "no .npy file, or pickled objects in it" if "pickle" in str(error) else type(error).__name__
+        raise ScriptError(f"{path} is not readable as a NumPy array ({reason}); run {made_by} --refresh") from None
 
 
 def load_logits(run_dir, split):
     """(logits, labels) that evaluate.py saved for split "test" or "val": (N, 100) float64 and (N,) int64.
 
-    Raises ScriptError for a wrong shape, dtype or value, and for files other than those that metrics.json was made from.
+    Raises ScriptError for a wrong shape, dtype or value, and for files other than those that metrics.json was
+    made from.
     """
     run_dir = Path(run_dir)
     paths = run_dir / f"{split}_logits.npy", run_dir / f"{split}_labels.npy"
     made_by = f"python evaluate.py {quote(run_dir)}"
-    again = (
-        f"run {made_by} --refresh"
-        if (run_dir / "best.pt").exists()
-        else "restore it from where the run was made"
-    )
+    again = f"run {made_by} --refresh" if (run_dir / "best.pt").exists() else "restore it from where the run was made"
     logits, labels = (load_array(path, made_by) for path in paths)
 
     def require(valid, path, what):
@@ -344,18 +314,12 @@ def load_logits(run_dir, split):
 
     sound = logits.ndim == 2 and logits.shape[1] == 100 and len(logits) > 0 and logits.dtype.kind == "f"
     require(sound, paths[0], f"is {logits.dtype} {logits.shape}, floats (N, 100) are wanted")
-    require(
-        split != "test" or len(logits) == 10_000,
-        paths[0],
-        f"has {len(logits)} rows for the 10000 test images",
-    )
+    require(split != "test" or len(logits) == 10_000, paths[0], f"has {len(logits)} rows for the 10000 test images")
     sound = labels.shape == (len(logits),) and labels.dtype.kind in "iu"
     require(sound, paths[1], f"is {labels.dtype} {labels.shape}, integers ({len(logits)},) are wanted")
     require(labels.min() >= 0 and labels.max() < 100, paths[1], "has labels outside 0..99")
     bad_rows = np.flatnonzero(~np.isfinite(logits).all(1))
-    require(
-        len(bad_rows) == 0, paths[0], f"has a NaN or infinite value in row {next(iter(bad_rows), None)}"
-    )
+    require(len(bad_rows) == 0, paths[0], f"has a NaN or infinite value in row {next(iter(bad_rows), None)}")
     if (run_dir / "metrics.json").exists():
         known = read_json(run_dir / "metrics.json", made_by).get("sha256")
         for path in (*paths, run_dir / "best.pt"):
@@ -363,23 +327,21 @@ def load_logits(run_dir, split):
             if path.exists() and expected not in (None, sha256(path)):
                 what = "is not the file that metrics.json was made from: damaged, or replaced since"
                 raise ScriptError(
-                    f"{path} {what}; {again}"
-                    + (", or delete metrics.json" if "restore" in again else "")
+                    f"{path} {what}; {again}" + (", or delete metrics.json" if "restore" in again else "")
                 )
     if logits.min() >= 0 and np.abs(logits.sum(1, dtype=np.float64) - 1).max() < 1e-3:
-        warn(
-            f"{paths[0]} looks like probabilities, not logits: every confidence computed from it is too low"
-        )
+        warn(f"{paths[0]} looks like probabilities, not logits: every confidence computed from it is too low")
     return logits.astype(np.float64), labels.astype(np.int64)
 
 
-# ---- device ----------------------------------------------------------------------------------------------------------
+# ---- device ------------------------------------------------------------------------------------------------
 
 
 def select_device(name):
     """torch.device for "auto", "cpu", "cuda", "cuda:N" or "mps", after one real operation on it.
 
-    Makes float32 mean float32 from here on: by default, convolutions on an Ampere GPU keep 10 of its 23 mantissa bits.
+    Makes float32 mean float32 from here on: by default, convolutions on an Ampere GPU keep 10 of its 23
+    mantissa bits.
     """
     check_torch()
     found = ["cpu"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
@@ -412,7 +374,7 @@ def predict(model, batches):
     return torch.cat([model(images).float() for images in batches])
 
 
-# ---- metrics ---------------------------------------------------------------------------------------------------------
+# ---- metrics -----------------------------------------------------------------------------------------------
 
 
 def log_softmax(logits):
@@ -432,9 +394,9 @@ def confusion_matrix(labels, preds, num_classes):
 def macro_scores(confusion):
     """Unweighted means over the classes of precision, recall and F1, each in [0, 1].
 
-    confusion: (..., C, C) counts, row = true class, column = predicted class; leading axes are kept.
-    A precision, recall or F1 of 0/0 counts as 0, so the mean is always over C classes (scikit-learn: zero_division=0).
-    Example: [[3, 1], [2, 4]] has precisions 3/5, 4/5, recalls 3/4, 4/6, and F1 6/9, 8/11.
+    confusion: (..., C, C) counts, row = true class, column = predicted class; leading axes are kept. A
+    precision, recall or F1 of 0/0 counts as 0, so the mean is always over C classes (scikit-learn:
+    zero_division=0). Example: [[3, 1], [2, 4]] has precisions 3/5, 4/5, recalls 3/4, 4/6, and F1 6/9, 8/11.
     Raises ValueError if the matrix is not square.
     """
     confusion = np.asarray(confusion, np.float64)
@@ -465,14 +427,15 @@ def calibration_bins(confidence, num_bins=15):
 def calibration_error(confidence, correct, num_bins=15):
     """Expected calibration error in [0, 1]: sum over bins of (n_b / N) |accuracy_b - mean confidence_b|.
 
-    confidence: (N,) largest softmax probability. correct: (N,) bool. Guo et al., arXiv:1706.04599, equation 3.
+    confidence: (N,) largest softmax probability. correct: (N,) bool. Guo et al., arXiv:1706.04599, equation
+    3.
     """
     gaps = np.asarray(confidence, np.float64) - np.asarray(correct, np.float64)
     sums = np.bincount(calibration_bins(confidence, num_bins), weights=gaps, minlength=num_bins)
     return float(np.abs(sums).sum() / len(gaps))
 
 
-# ---- progress and figures --------------------------------------------------------------------------------------------
+# ---- progress and figures ----------------------------------------------------------------------------------
 
 
 class Progress:
@@ -516,18 +479,15 @@ def duration(seconds):
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return (
-        f"{hours} h {minutes:02d} min"
-        if hours
-        else f"{minutes} min {seconds:02d} s"
-        if minutes
-        else f"{seconds} s"
+        f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {seconds:02d} s" if minutes else f"{seconds} s"
     )
 
 
 def new_figure(width, height, rows=1, columns=1, **kwargs):
     """(figure, axes) in inches, without pyplot: no window, no state, and a notebook's own plots are left alone."""
     if "matplotlib" not in sys.modules and "ipykernel" not in sys.modules:
-        # `!python train.py` in Colab inherits the notebook's backend, which cannot be imported outside the notebook.
+        # `!python train.py` in Colab inherits the notebook's backend, which cannot be imported outside the
+        # notebook.
         os.environ["MPLBACKEND"] = "agg"
     from matplotlib.figure import Figure
 
