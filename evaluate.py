@@ -7,7 +7,7 @@ Writes into each run directory test_logits.npy (10000, 100) float32 and test_lab
 row i is test image i; the same for the 5,000 validation images; metrics.json (fractions, 95 % intervals under
 ci95); confusion.npy (row = true class, column = predicted), confusion.png, per_class.csv, per_class.png and
 reliability.png. Logits that are there already are not computed again: then neither checkpoint nor data set is
-needed. failures.py and gradcam.py read the results.
+needed. The second and every further run is compared with the first one, image by image: comparison.json.
 """
 
 import math
@@ -165,64 +165,83 @@ def failure_auroc(confidence, correct):
     return float((rank[correct].sum() - hits * (hits + 1) / 2) / (hits * errors))
 
 
-def bootstrap_intervals(scores, labels, resamples=2000, seed=0):
-    """95 % percentile intervals of the means and rates, from resampling test images within each class.
+def resample(labels, resamples=2000, seed=0):
+    """Yield blocks (100, N) float32: how often each test image is drawn in each of 100 bootstrap resamples.
 
-    The test set has 100 images of every class by design, so that is how it is redrawn. Returns {metric: [low,
-    high]}.
+    The test set has 100 images of every class by design, so each class is redrawn from its own images. The same
+    seed gives the same resamples: that is what pairs two runs.
     """
-    n, rng = len(labels), np.random.default_rng(seed)
+    rng = np.random.default_rng(seed)
     by_class = np.argsort(labels, kind="stable")
     class_size = np.bincount(labels, minlength=NUM_CLASSES)
-    first = np.repeat(
-        np.cumsum(class_size) - class_size, class_size
-    )  # (N,) where the image's class begins in by_class
-    size = np.repeat(class_size, class_size)
-    wrong = ~scores["correct"]
+    size = np.repeat(class_size, class_size)  # (N,) in the order of by_class
+    first = np.repeat(np.cumsum(class_size) - class_size, class_size)
+    for _ in range(resamples // 100):
+        drawn = by_class[first + (rng.random((100, len(labels))) * size).astype(np.int64)]
+        yield np.stack([np.bincount(row, minlength=len(labels)) for row in drawn]).astype(np.float32)
+
+
+def resampled_metrics(scores, labels, counts):
+    """{metric: (R,) values} in resamples of the test images; counts (R, N) says how often each was drawn.
+
+    Almost everything is a sum over images, so one matrix product gives it for all resamples.
+    """
+    n, confidence, correct, wrong = len(labels), scores["confidence"], scores["correct"], ~scores["correct"]
+    gap = confidence - correct
     means = {
-        "accuracy": scores["correct"],
+        "accuracy": correct,
         "top5_accuracy": scores["top5"],
         "nll": scores["nll"],
         "brier": scores["brier"],
-        "mean_confidence": scores["confidence"],
-        "signed_gap": scores["confidence"] - scores["correct"],
+        "mean_confidence": confidence,
+        "signed_gap": gap,
         "superclass_accuracy": scores["superclass"],
-        "confident_errors": wrong & (scores["confidence"] > 0.9),
+        "confident_errors": wrong & (confidence > 0.9),
+        "within": scores["within"],
     }
-    # Everything is a sum over images, so one matrix product per block of resamples gives them all.
     classes = np.arange(NUM_CLASSES)
-    hits, predicted = ((labels[:, None] == classes) & scores["correct"][:, None], scores["pred"][:, None] == classes)
-    columns = np.column_stack([*means.values(), scores["within"], wrong, hits, predicted]).astype(np.float32)
-    sums = []
-    for _ in range(resamples // 100):
-        drawn = by_class[first + (rng.random((100, n)) * size).astype(np.int64)]
-        counts = np.stack([np.bincount(row, minlength=n) for row in drawn]).astype(np.float32)
-        sums.append(counts @ columns)
-    sums = np.concatenate(sums).astype(np.float64)
-
-    values = {name: sums[:, i] / n for i, name in enumerate(means)}
-    within, errors = sums[:, len(means)], sums[:, len(means) + 1]
-    values["errors_within_superclass"] = np.divide(within, errors, out=np.full(len(sums), np.nan), where=errors > 0)
-    macro = utils.macro_scores_from_counts(
-        sums[:, -2 * NUM_CLASSES : -NUM_CLASSES], class_size, sums[:, -NUM_CLASSES:]
-    )
-    values |= dict(zip(("macro_precision", "macro_recall", "macro_f1"), macro))
-    return {
-        name: np.quantile(value, [0.025, 0.975]).tolist()
-        for name, value in values.items()
-        if not np.isnan(value).any()
+    groups = {
+        "hits": (labels[:, None] == classes) & correct[:, None],
+        "predicted": scores["pred"][:, None] == classes,
+        "bin_gaps": gap[:, None] * (calibration_bins(confidence)[:, None] == np.arange(15)),
     }
+    columns = np.column_stack([*means.values(), *groups.values()]).astype(np.float32)
+    sums = (counts @ columns).astype(np.float64)
+    values = {name: sums[:, i] / n for i, name in enumerate(means)}
+    hits, predicted, bin_gaps = np.split(sums[:, len(means) :], [NUM_CLASSES, 2 * NUM_CLASSES], axis=1)
+    macro = utils.macro_scores_from_counts(hits, np.bincount(labels, minlength=NUM_CLASSES), predicted)
+    values |= dict(zip(("macro_precision", "macro_recall", "macro_f1"), macro))
+    values["ece"] = np.abs(bin_gaps).sum(1) / n
+    with np.errstate(invalid="ignore", divide="ignore"):  # a resample without errors gives NaN
+        values["errors_within_superclass"] = values.pop("within") / (1 - values["accuracy"])
+
+        order = np.argsort(-confidence, kind="stable")
+        drawn = counts[:, order].astype(np.float64)
+        wrong_drawn = drawn * wrong[order]
+        errors, images = np.cumsum(wrong_drawn, 1), np.cumsum(drawn, 1)
+        values["aurc"] = (drawn * errors / np.maximum(images, 1)).sum(1) / n
+        correct_drawn = drawn - wrong_drawn  # each wrong image: how many correct ones are above it?
+        pairs = (wrong_drawn * np.cumsum(correct_drawn, 1)).sum(1)
+        values["auroc_failure"] = pairs / (errors[:, -1] * (n - errors[:, -1]))
+    return values
 
 
-def wilson_interval(hits, n):
-    """95 % interval (low, high) of a proportion of hits in n > 0 trials; never empty, also at 0 and n. Wilson 1927."""
-    z, p = 1.959964, hits / n
-    center, half = p + z**2 / (2 * n), z * np.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
-    return (center - half) / (1 + z**2 / n), (center + half) / (1 + z**2 / n)
+def bootstrap(labels, *runs):
+    """[{metric: (2000,) values} for each run's image_scores], over the same resamples of the test images."""
+    blocks = [[resampled_metrics(scores, labels, counts) for scores in runs] for counts in resample(labels)]
+    return [
+        {name: np.concatenate([block[k][name] for block in blocks]) for name in blocks[0][k]}
+        for k in range(len(runs))
+    ]
+
+
+def interval(values):
+    """[low, high]: the middle 95 % of bootstrap values, None if some are undefined."""
+    return None if np.isnan(values).any() else np.quantile(values, [0.025, 0.975]).tolist()
 
 
 def compute_metrics(logits, labels, val_logits, val_labels):
-    """The content of metrics.json but for its sha256, and the per-image scores it was made from."""
+    """(metrics.json but for its sha256, image_scores as trained, image_scores after temperature scaling)."""
     scores = image_scores(logits, labels)
     confidence, correct, wrong = scores["confidence"], scores["correct"], ~scores["correct"]
     precision, recall, f1 = utils.macro_scores(confusion_matrix(labels, scores["pred"], NUM_CLASSES))
@@ -254,9 +273,10 @@ def compute_metrics(logits, labels, val_logits, val_labels):
     metrics = {
         name: value if value is None or isinstance(value, int) else float(value) for name, value in metrics.items()
     }
-    return metrics | {"ci95": bootstrap_intervals(scores, labels)}, scores | {
-        "scaled_confidence": scaled["confidence"]
-    }
+    values = bootstrap(labels, scores)[0]
+    values.pop("ece")  # neither a mean nor a rate, and resampling inflates it
+    metrics["ci95"] = {name: ends for name, value in values.items() if (ends := interval(value))}
+    return metrics, scores, scaled
 
 
 # ---- files and figures -------------------------------------------------------------------------------------
@@ -305,7 +325,7 @@ def per_class_rows(confusion, names):
     """One dict per class, in label order: what per_class.csv holds."""
     hits, images, predicted = np.diag(confusion), confusion.sum(1), confusion.sum(0)
     errors = confusion - np.diag(hits)
-    low, high = wilson_interval(hits, np.maximum(images, 1))
+    low, high = utils.wilson_interval(hits, np.maximum(images, 1))
     superclasses = list(SUPERCLASSES)
     return [
         {
@@ -351,25 +371,20 @@ def draw_per_class(path, rows, title):
     utils.save_figure(figure, path)
 
 
-def draw_reliability(path, scores, metrics, title):
+def draw_reliability(path, scores, scaled, metrics, title):
     """Accuracy against confidence in 15 bins, as trained and after temperature scaling, above the number of images."""
     figure, axes = utils.new_figure(11, 6.5, 2, 2, sharex=True, height_ratios=[3, 1])
     panels = (
-        ("confidence", "as trained", metrics["ece"], metrics["ece_null"]),
-        (
-            "scaled_confidence",
-            f"logits / {metrics['temperature']:.3f}",
-            metrics["ece_scaled"],
-            metrics["ece_scaled_null"],
-        ),
+        (scores, "as trained", metrics["ece"], metrics["ece_null"]),
+        (scaled, f"logits / {metrics['temperature']:.3f}", metrics["ece_scaled"], metrics["ece_scaled_null"]),
     )
     centers = (np.arange(15) + 0.5) / 15
-    for (top, bottom), (key, label, ece, null) in zip(axes.T, panels):
-        bins = calibration_bins(scores[key])
+    for (top, bottom), (seen, label, ece, null) in zip(axes.T, panels):
+        bins = calibration_bins(seen["confidence"])
         count = np.bincount(bins, minlength=15)
         filled = count > 0
         accuracy, confidence = (
-            np.bincount(bins, scores[what], 15)[filled] / count[filled] for what in ("correct", key)
+            np.bincount(bins, seen[what], 15)[filled] / count[filled] for what in ("correct", "confidence")
         )
         top.bar(centers[filled], accuracy, 1 / 15, color=utils.BLUE, edgecolor="white", label="accuracy in the bin")
         top.plot(confidence, confidence, "D", color=utils.VERMILION, markersize=4, label="mean confidence in the bin")
@@ -413,11 +428,11 @@ def print_table(results, configs):
 
 
 def evaluate(run_dir, config, args, device):
-    """Everything for one run; returns its metrics."""
+    """Everything for one run; returns its metrics, and what compare() needs of it."""
     if device:
         compute_logits(run_dir, config, args.data_dir, device)
     logits, labels = utils.load_logits(run_dir, "test")
-    metrics, scores = compute_metrics(logits, labels, *utils.load_logits(run_dir, "val"))
+    metrics, scores, scaled = compute_metrics(logits, labels, *utils.load_logits(run_dir, "val"))
     present = [name for name in ("best.pt", *ARRAYS) if (run_dir / name).exists()]
     metrics["sha256"] = {name: utils.sha256(run_dir / name) for name in present}
 
@@ -429,7 +444,7 @@ def evaluate(run_dir, config, args, device):
     draw_confusion(run_dir / "confusion.png", confusion, names, title)
     utils.write_csv(run_dir / "per_class.csv", rows[0], rows)
     draw_per_class(run_dir / "per_class.png", rows, title)
-    draw_reliability(run_dir / "reliability.png", scores, metrics, title)
+    draw_reliability(run_dir / "reliability.png", scores, scaled, metrics, title)
     utils.write_json(run_dir / "metrics.json", metrics)
 
     def percent(key):
@@ -449,7 +464,54 @@ def evaluate(run_dir, config, args, device):
     pairs = confused_pairs(confusion, 5)
     print("  most confused: " + ", ".join(f"{names[i]}/{names[j]} {errors}" for i, j, errors in pairs))
     print("  wrote metrics.json, confusion.npy, per_class.csv, confusion.png, per_class.png and reliability.png")
-    return metrics
+    return metrics, (run_dir, labels, scores, scaled)
+
+
+def compare(first, second):
+    """Print and save what changes from the first run to the second, on the same test images; returns the content.
+
+    Every difference has a 95 % interval from 2,000 resamples of the test images, the same ones for both runs. It covers
+    the choice of test images, not the luck of a training run: for that, compare several seeds.
+    """
+    (first_dir, labels, *first_scores), (second_dir, _, *second_scores) = first, second
+    only_first, only_second, p = utils.mcnemar(first_scores[0]["correct"], second_scores[0]["correct"])
+    content = {
+        "reference": str(first_dir),
+        "only_reference_right": only_first,
+        "only_this_right": only_second,
+        "mcnemar_p": p,
+    }
+    print(f"\n{first_dir} -> {second_dir}, difference [95 % interval]; * where the interval leaves out 0")
+    print(f"  right in the first only {only_first:,}, in the second only {only_second:,}; exact McNemar p = {p:.2g}")
+    everything = (
+        "accuracy",
+        "macro_f1",
+        "signed_gap",
+        "confident_errors",
+        "ece",
+        "nll",
+        "brier",
+        "aurc",
+        "auroc_failure",
+    )
+    for suffix, before, after in zip(("", "_scaled"), first_scores, second_scores):
+        values = bootstrap(labels, before, after)
+        whole = [
+            resampled_metrics(scores, labels, np.ones((1, len(labels)), np.float32)) for scores in (before, after)
+        ]
+        print(f"  {'after temperature scaling' if suffix else 'as trained':<26} {'first':>8} {'second':>8}")
+        for name in everything if not suffix else everything[3:]:
+            (a,), (b,) = whole[0][name], whole[1][name]
+            ends = interval(values[1][name] - values[0][name])
+            content[name + suffix] = {"reference": a, "this": b, "difference": b - a, "ci95": ends} if ends else None
+            if ends:
+                factor, digits = (1, 4) if name in ("nll", "brier") else (100, 2)
+                a, b, difference, low, high = (f"{factor * x:.{digits}f}" for x in (a, b, b - a, *ends))
+                star = "" if ends[0] <= 0 <= ends[1] else " *"
+                print(f"    {name:<24} {a:>8} {b:>8} {difference:>9} [{low}, {high}]{star}")
+    utils.write_json(second_dir / "comparison.json", content)
+    print(f"  wrote comparison.json to {second_dir}")
+    return content
 
 
 def warn_of_differences(runs):
@@ -476,10 +538,14 @@ def main(argv=None):
     stale = [args.refresh or not logits_are_current(run_dir) for run_dir, _ in runs]
     device = utils.select_device(args.device) if any(stale) or args.device != "auto" else None
 
-    results = {}
+    results, scored = {}, []
     for (run_dir, config), compute in zip(runs, stale):
-        results[str(run_dir)] = evaluate(run_dir, config, args, device if compute else None)
+        results[str(run_dir)], scores = evaluate(run_dir, config, args, device if compute else None)
+        scored.append(scores)
     print_table(results, [config for _, config in runs])
+    for other, (_, config) in zip(scored[1:], runs[1:]):
+        if config["dataset"] == runs[0][1]["dataset"] and np.array_equal(other[1], scored[0][1]):
+            compare(scored[0], other)
     warn_of_differences(runs)
     first, others = runs[0][0], "".join(f" --compare {utils.quote(run_dir)}" for run_dir, _ in runs[1:2])
     if not others:

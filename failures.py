@@ -2,6 +2,7 @@
 
     python failures.py runs/baseline
     python failures.py runs/baseline --compare runs/smoothing0.1
+    python failures.py runs/baseline --compare runs/smoothing0.1 --control runs/baseline-seed43
 
 Reads the logits that evaluate.py saved. Writes failures.csv (one row per test image that is wrong with
 confidence above 0.90, most confident first) and failures.png into the run directory; gradcam.py reads
@@ -55,6 +56,14 @@ def outcomes(failures, preds, labels, other_preds):
     return [OUTCOMES[0 if r else 1 if s else 2] for r, s in zip(repaired, same)]
 
 
+def mean_interval(values, resamples=2000, seed=0):
+    """ "mean [low, high]" in percentage points: the mean of (N,) values and its 95 % bootstrap interval."""
+    rng = np.random.default_rng(seed)
+    means = values[rng.integers(0, len(values), (resamples, len(values)))].mean(1)
+    low, high = np.quantile(means, [0.025, 0.975])
+    return f"{100 * values.mean():+.1f} points [{100 * low:+.1f}, {100 * high:+.1f}]"
+
+
 def draw(path, images, rows, title):
     """The representative failures, then, on a new row, the most confident others."""
     chosen = [row for row in rows if row["representative"]]
@@ -77,29 +86,47 @@ def draw(path, images, rows, title):
     utils.save_figure(figure, path)
 
 
-def compare(rows, failures, preds, labels, probs, other_probs, names):
-    """Add to each row what another run says to the image; print what became of the failures."""
-    other_preds, other_confidence = other_probs.argmax(1), other_probs.max(1)
+def add_columns(rows, name, probs, failures, preds, labels, names):
+    """Add to each row what another run says to the image: <name>_predicted, <name>_confidence and so on."""
+    other_preds, confidence = probs.argmax(1), probs.max(1)
     for row, outcome in zip(rows, outcomes(failures, preds, labels, other_preds)):
         i = row["index"]
-        row["outcome"] = outcome
-        row["other_predicted"] = names[other_preds[i]]
-        row["other_confidence"] = float(other_confidence[i])
-        row["other_probability"] = float(other_probs[i, preds[i]])  # of the class that was wrongly predicted
-        row["other_true_probability"] = float(other_probs[i, labels[i]])
+        row[f"{name}_outcome"] = outcome
+        row[f"{name}_predicted"] = names[other_preds[i]]
+        row[f"{name}_confidence"] = float(confidence[i])
+        row[f"{name}_wrong_probability"] = float(probs[i, preds[i]])  # of the class that was wrongly predicted
+        row[f"{name}_true_probability"] = float(probs[i, labels[i]])
+
+
+def print_fate(rows, name):
+    """What has become of the failures in another run: shares, and means before and after."""
     for outcome in OUTCOMES:
-        count = sum(row["outcome"] == outcome for row in rows)
-        print(f"  {outcome:<17} {count:6,} {100 * count / len(rows):6.1f} %")
+        count = sum(row[f"{name}_outcome"] == outcome for row in rows)
+        low, high = utils.wilson_interval(count, len(rows))
+        print(f"  {outcome:<17} {count:6,} {100 * count / len(rows):6.1f} % [{100 * low:.1f}, {100 * high:.1f}]")
     for what, before, after in (
-        ("confidence", "confidence", "other_confidence"),
-        ("wrong class", "confidence", "other_probability"),
-        ("true class", "true_probability", "other_true_probability"),
+        ("confidence", "confidence", "confidence"),
+        ("wrong class", "confidence", "wrong_probability"),
+        ("true class", "true_probability", "true_probability"),
     ):
-        means = [100 * np.mean([row[key] for row in rows]) for key in (before, after)]
-        print(f"  mean {what:<12} {means[0]:6.1f} % -> {means[1]:.1f} %")
+        before, after = (100 * np.mean([row[key] for row in rows]) for key in (before, f"{name}_{after}"))
+        print(f"  mean {what:<12} {before:6.1f} % -> {after:.1f} %")
+
+
+def print_matched(confidence, correct, other_confidence, other_correct, threshold):
+    """Confident mistakes of two runs, both at the coverage that the threshold gives the first one.
+
+    A threshold on the confidence itself would favour the run that is less confident of everything.
+    """
+    covered = int((confidence > threshold).sum())
+    mistakes = []
+    for c, right in ((confidence, correct), (other_confidence, other_correct)):
+        most_confident = np.argsort(-c, kind="stable")[:covered]
+        mistakes.append(np.isin(np.arange(len(c)), most_confident) & ~right)
+    *_, p = utils.mcnemar(*mistakes)
+    first, second = (mistake.sum() for mistake in mistakes)
     print(
-        "  Failures that were picked for their confidence in one run tend to look better in any other run, be it only\n"
-        "  another seed: these numbers alone show no effect."
+        f"among the {covered:,} most confident images of each: {first:,} wrong -> {second:,}, exact McNemar p = {p:.2g}"
     )
 
 
@@ -108,6 +135,9 @@ def main(argv=None):
     parser = utils.ArgumentParser(__doc__)
     parser.add_argument("run", metavar="RUN", help="run directory that evaluate.py has been through")
     parser.add_argument("--compare", metavar="DIR", help="another run: what does it say to the same images?")
+    parser.add_argument(
+        "--control", metavar="DIR", help="the first run under another seed: what does chance alone do?"
+    )
     parser.add_argument("--threshold", type=float, default=0.9, help="confidence above which a mistake counts")
     parser.add_argument("--top", type=int, default=3, metavar="N", help="how many representative failures to choose")
     utils.add_common_flags(parser)
@@ -120,7 +150,10 @@ def main(argv=None):
         utils.select_device(args.device)  # nothing runs there, but a wrong one is as wrong as in the other scripts
     run_dir, config = utils.open_run(args.run)
     utils.check_dataset(run_dir, config["dataset"], args.dataset)
+    if args.control and not args.compare:
+        parser.error("--control goes with --compare")
     other_dir, other_config = utils.open_run(args.compare) if args.compare else (None, None)
+    control_dir, control_config = utils.open_run(args.control) if args.control else (None, None)
 
     probs, labels = read_probs(run_dir)
     names, preds, confidence = class_names(config["dataset"]), probs.argmax(1), probs.max(1)
@@ -140,24 +173,47 @@ def main(argv=None):
     ]
     title = f"{TITLES[config['dataset']]} test images that are wrong with confidence above {args.threshold}"
     print(f"{len(rows):,} {title}, of {(preds != labels).sum():,} wrong ones of {len(labels):,}: {run_dir}")
+    others = {}
+    for name, other_dir, other_config in (
+        ("other", other_dir, other_config),
+        ("control", control_dir, control_config),
+    ):
+        if other_dir:
+            others[name], other_labels = read_probs(other_dir)
+            if other_config["dataset"] != config["dataset"] or not np.array_equal(other_labels, labels):
+                raise ScriptError(
+                    f"{other_dir} was evaluated on other images than {run_dir}; compare on one data set"
+                )
+            add_columns(rows, name, others[name], failures, preds, labels, names)
     if other_dir:
-        other_probs, other_labels = read_probs(other_dir)
-        if other_config["dataset"] != config["dataset"] or not np.array_equal(other_labels, labels):
-            raise ScriptError(
-                f"{other_dir} was evaluated on other images than {run_dir}; compare runs on one data set"
-            )
-        others = find_failures(other_probs, labels, args.threshold)
-        shared = len(np.intersect1d(failures, others))
-        print(f"{len(others):,} such images, {shared:,} of them the same: {other_dir}")
+        other_failures = find_failures(others["other"], labels, args.threshold)
+        shared = len(np.intersect1d(failures, other_failures))
+        print(f"{len(other_failures):,} such images, {shared:,} of them the same: {other_dir}")
         smoothing = other_config["args"].get("smoothing") or 0
-        if args.threshold >= 1 - smoothing + smoothing / len(names) - 0.01 and smoothing:
-            ceiling = 1 - smoothing + smoothing / len(names)
-            utils.warn(
-                f"smoothing {smoothing} teaches a confidence of {ceiling:.4g} at most: fewer above {args.threshold} proves nothing"
+        ceiling = 1 - smoothing + smoothing / len(names)
+        if smoothing and args.threshold > ceiling - 0.05:
+            taught = f"smoothing {smoothing} teaches a confidence of {ceiling:.3f} at most"
+            utils.warn(f"{taught}: fewer failures above {args.threshold} prove nothing")
+        other_probs = others["other"]
+        print_matched(
+            confidence, preds == labels, other_probs.max(1), other_probs.argmax(1) == labels, args.threshold
+        )
+    if other_dir and rows:
+        print(f"the {len(rows):,} failures of {run_dir} in {other_dir}:")
+        print_fate(rows, "other")
+        before, after = confidence[failures], others["other"].max(1)[failures]
+        print(f"  naive difference  {mean_interval(after - before)}")
+        if control_dir:
+            control = others["control"].max(1)[failures]
+            print(f"  control - first   {mean_interval(control - before)}: what another seed does by itself")
+            print(
+                f"  other - control   {mean_interval(after - control)}: the effect; neither run was used to pick the images"
             )
-        if rows:
-            print(f"the {len(rows):,} failures of {run_dir} in {other_dir}:")
-            compare(rows, failures, preds, labels, probs, other_probs, names)
+        else:
+            print(
+                "  The naive difference is biased downwards: failures picked for their confidence in one run look better\n"
+                "  in any other run. --control with the first run under another seed takes the bias out."
+            )
 
     for stale in ("failures.png", "gradcam.png", "gradcam.csv"):
         (run_dir / stale).unlink(missing_ok=True)  # of another list of failures

@@ -4,20 +4,20 @@
     python gradcam.py runs/baseline --index 3 141 59         # images of the test set
     python gradcam.py runs/baseline --image photo.png        # any picture
 
-Writes gradcam.png (image, map for the predicted class, map for the true class) and gradcam.csv (a row per
-image) into the run directory. From failures.csv, the picture shows the representative failures, the csv has
-them all.
+Writes gradcam.png (image, map for the predicted class, map for the true class, their difference) and
+gradcam.csv (a row per image) into the run directory. From failures.csv, the csv has all failures and the
+picture the representative ones.
 
-Selvaraju et al., arXiv:1610.02391. With A^k the k-th channel of a layer's output and y^c the logit of class
-c,
+Selvaraju et al., arXiv:1610.02391. With A^k the k-th channel of a layer's output and y^c the logit of class c,
 
     alpha_k^c = mean over the cells (i, j) of  d y^c / d A^k_ij
     map^c     = sum over k of  alpha_k^c A^k            and  Grad-CAM = ReLU(map^c)
 
-In a network that ends in mean-pooling and a linear layer, the map of the last layer is the logit itself,
-spread over the cells: its sum plus the bias of class c equals y^c. In CIFAR's ResNet-18 layer4 has 4x4 cells
-of 8x8 pixels, and each has seen the whole image: read it as a rough direction, never as an outline. --layer
-layer3 has 8x8 cells, without that identity.
+In a network that ends in mean-pooling and a linear layer, the map of the last layer is the logit itself, spread
+over the cells: its sum plus the bias of class c equals y^c. So the difference of two classes' maps shows exactly
+where the lead of one over the other comes from. In CIFAR's ResNet-18, layer4 has 4x4 cells of 8x8 pixels, and each
+has seen the whole image: read it as a rough direction, never as an outline. --layer layer3 has 8x8 cells, and
+without that identity.
 """
 
 import csv
@@ -168,30 +168,37 @@ def read_failures(run_dir):
 
 
 def draw(path, rows, images, panels, layer, title):
-    """One row of pictures per image: itself, then its maps on one scale, from 0 to their highest value.
+    """One row of pictures per image: itself, its maps on one scale, and the difference of two maps.
 
-    panels: for each image a list of (class name, probability, raw map (h, w)).
+    panels: for each image a list of (class name, probability, raw map (h, w)). Where there are two, the target's and
+    the true class's, their signed difference is the margin map.
     """
-    columns = 1 + max(map(len, panels))
-    figure, grid = utils.new_figure(2.9 * columns + 0.6, 2.75 * len(rows) + 0.9, len(rows), columns, squeeze=False)
+    columns = 1 + max(2 * len(maps) - 1 for maps in panels)  # 2 or 4
+    figure, grid = utils.new_figure(2.8 * columns + 1.6, 2.75 * len(rows) + 0.9, len(rows), columns, squeeze=False)
     for axes in grid.flat:
         axes.axis("off")
+    margin_picture = None
     for axes, row, image, maps in zip(grid, rows, images, panels):
         axes[0].imshow(image, interpolation="nearest")
-        lines = [
-            f"image {row['index']}" if row["true"] else "your picture",
-            f"true: {row['true']}" * bool(row["true"]),
-        ]
-        lines.append(f"says: {row['predicted']} {100 * row['confidence']:.1f} %")
-        axes[0].set_title("\n".join(line for line in lines if line), fontsize=9)
-        cams = upsample(torch.stack([raw for _, _, raw in maps]).clamp(min=0))
+        truth = f"image {row['index']}\ntrue: {row['true']}" if row["true"] else "your picture"
+        axes[0].set_title(f"{truth}\nsays: {row['predicted']} {100 * row['confidence']:.1f} %", fontsize=9)
+        raws = torch.stack([raw for _, _, raw in maps])
+        cams = upsample(raws.clamp(min=0))
         cams = cams / cams.max().clamp(min=1e-12)
         for axis, (name, probability, raw), cam in zip(axes[1:], maps, cams):
             picture = axis.imshow(cam, cmap="viridis", vmin=0, vmax=1)
             nothing = "" if (raw > 0).any() else "\nno positive evidence"
             axis.set_title(f"for {name} ({100 * probability:.1f} %){nothing}", fontsize=9)
-    label = "Grad-CAM / highest value in the row of pictures"
-    figure.colorbar(picture, ax=grid, label=label, shrink=min(1, 2 / len(rows)))
+        if len(maps) == 2:
+            margin = upsample((raws[0] - raws[1])[None])[0]
+            margin_picture = axes[3].imshow(
+                margin / margin.abs().max().clamp(min=1e-12), cmap="PuOr_r", vmin=-1, vmax=1
+            )
+            axes[3].set_title(f"{maps[0][0]}\nrather than {maps[1][0]}", fontsize=9)
+    shrink = min(1, 2 / len(rows))
+    figure.colorbar(picture, ax=grid, label="Grad-CAM / highest value in the row", shrink=shrink)
+    if margin_picture:
+        figure.colorbar(margin_picture, ax=grid, label="difference of the maps / largest in the row", shrink=shrink)
     height, width = panels[0][0][2].shape
     figure.suptitle(f"{title}\nGrad-CAM at {layer}, {height}x{width} cells", fontsize=11)
     utils.save_figure(figure, path)
@@ -288,6 +295,7 @@ def main(argv=None):
     maps = maps_of(targets, range(len(images)))
     if not maps.isfinite().all():
         raise ScriptError("the maps have NaN or infinite values; is the checkpoint sound?", code=1)
+    true_maps = maps_of(labels, range(len(images))) if labels is not None else None
     border = border_energy(maps)
     rows = [
         {
@@ -299,6 +307,7 @@ def main(argv=None):
             "target_probability": probs[n, targets[n]].item(),
             "layer": args.layer,
             "map_sum": maps[n].sum().item(),
+            "true_map_sum": true_maps[n].sum().item() if labels is not None else "",
             "map_max": maps[n].max().item(),
             "border_energy": border[n].item(),
         }
@@ -307,11 +316,11 @@ def main(argv=None):
     utils.write_csv(run_dir / "gradcam.csv", rows[0], rows)
 
     shown = [n for n in range(len(rows)) if failures is None or failures[n]["representative"] == "1"]
-    panels = [[(rows[n]["target"], rows[n]["target_probability"], maps[n])] for n in shown]
-    if labels is not None:
-        for panel, n, true_map in zip(panels, shown, maps_of(labels, shown)):
-            if labels[n] != targets[n]:
-                panel.append((names[labels[n]], probs[n, labels[n]].item(), true_map))
+    panels = []
+    for n in shown:
+        panels.append([(rows[n]["target"], rows[n]["target_probability"], maps[n])])
+        if labels is not None and labels[n] != targets[n]:
+            panels[-1].append((names[labels[n]], probs[n, labels[n]].item(), true_maps[n]))
     title = f"{run_dir.name} on {TITLES[dataset] + ' test images' if args.image is None else Path(args.image).name}"
     pictures = [images[n].numpy() for n in shown]
     draw(run_dir / "gradcam.png", [rows[n] for n in shown], pictures, panels, args.layer, title)

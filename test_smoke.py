@@ -525,7 +525,7 @@ def test_metrics_temperature_is_where_the_derivative_vanishes():
 
 
 def test_metrics_intervals():
-    low, high = evaluate.wilson_interval(np.array([0, 5, 10]), np.array([10, 10, 10]))
+    low, high = utils.wilson_interval(np.array([0, 5, 10]), np.array([10, 10, 10]))
     assert np.allclose(low, [0, 0.2366, 0.7225], atol=1e-4) and np.allclose(
         high, [0.2775, 0.7634, 1], atol=1e-4
     )  # Newcombe 1998
@@ -533,7 +533,8 @@ def test_metrics_intervals():
     labels = np.arange(10_000) % 100
     pred = np.where(rng.random(10_000) < 0.7, labels, (labels + 1) % 100)
     logits = 5.0 * (np.arange(100) == pred[:, None])
-    intervals = evaluate.bootstrap_intervals(evaluate.image_scores(logits, labels), labels)
+    values = evaluate.bootstrap(labels, evaluate.image_scores(logits, labels))[0]
+    intervals = {name: evaluate.interval(value) for name, value in values.items()}
     low, high = intervals["accuracy"]
     accuracy = (pred == labels).mean()
     assert (
@@ -542,6 +543,64 @@ def test_metrics_intervals():
     )
     assert np.allclose(intervals["macro_recall"], intervals["accuracy"])  # equally many images of each class
     assert 0.0 <= intervals["errors_within_superclass"][0] <= intervals["errors_within_superclass"][1] <= 1.0
+
+
+def test_metrics_resampled_agree_with_their_definitions():
+    """Every image drawn once gives the metric itself; drawn as they come, the metric of the repeated images."""
+    logits, labels = random_case(1000)
+    logits += np.random.default_rng(7).normal(size=logits.shape) * 1e-3  # no ties
+    labels = np.sort(labels)
+    metrics, scores, scaled = evaluate.compute_metrics(logits, labels, logits, labels)
+    counts = next(evaluate.resample(labels))[:3]
+    assert (counts.sum(1) == 1000).all() and len(set(map(bytes, counts))) == 3
+    for row in counts:
+        assert (np.bincount(labels, row, 100) == np.bincount(labels, minlength=100)).all()  # each class from its own
+    counts[0] = 1
+    values = evaluate.resampled_metrics(scores, labels, counts)
+    for name, value in values.items():
+        assert math.isclose(value[0], metrics[name], rel_tol=1e-5, abs_tol=1e-7), name
+    repeated = np.repeat(np.arange(1000), counts[1].astype(int))
+    redrawn = evaluate.compute_metrics(logits[repeated], labels[repeated], logits, labels)[0]
+    for name, value in values.items():
+        assert math.isclose(value[1], redrawn[name], rel_tol=5e-3, abs_tol=1e-5), (name, value[1], redrawn[name])
+
+
+def test_metrics_mcnemar():
+    """12 and 4 discordant pairs: p = 2 P(Binomial(16, 1/2) <= 4) = 0.0768; none: 1."""
+    first, second = np.array([True] * 12 + [False] * 4 + [True] * 5), np.array([False] * 12 + [True] * 4 + [True] * 5)
+    assert utils.mcnemar(first, second)[:2] == (12, 4)
+    assert math.isclose(utils.mcnemar(first, second)[2], 2 * (1 + 16 + 120 + 560 + 1820) / 2**16)
+    assert utils.mcnemar(first, first) == (0, 0, 1.0)
+    assert 0 < utils.mcnemar(np.arange(4000) < 2300, np.arange(4000) >= 2300)[2] < 1e-15
+
+
+def test_failures_control_takes_the_selection_out():
+    """Three runs that differ by chance alone: naively the failures have improved; against the control they have not."""
+    rng = np.random.default_rng(2)
+    labels = np.arange(10_000) % 100
+    shared = rng.normal(size=(10_000, 100)) + 3.5 * (np.arange(100) == labels[:, None])
+    dirs = []
+    for name in ("first", "second", "third"):
+        dirs.append(scratch() / "null" / name)
+        dirs[-1].mkdir(parents=True)
+        logits = 2.0 * (shared + 0.7 * rng.normal(size=shared.shape))
+        evaluate.write_array(dirs[-1] / "test_logits.npy", logits)
+        evaluate.write_array(dirs[-1] / "test_labels.npy", labels)
+        utils.write_json(dirs[-1] / "config.json", {"dataset": "synthetic", "args": {"smoothing": 0.0}})
+    first, second, third = map(str, dirs)
+    load, failures.load_dataset = (
+        failures.load_dataset,
+        lambda *args, **kwargs: (torch.zeros(10_000, 32, 32, 3, dtype=torch.uint8), labels),
+    )
+    try:
+        rows, printed = quietly(failures.main, [first, "--compare", second, "--control", third, "--threshold", "0.6"])
+    finally:
+        failures.load_dataset = load
+    effects = {line.split("  ")[1]: line for line in printed.splitlines() if "points" in line}
+    number = {name: float(line.split("points")[0].split()[-1]) for name, line in effects.items()}
+    assert len(rows) > 200 and number["naive difference"] < -10, number
+    low, high = effects["other - control"].split("[")[1].split("]")[0].split(",")
+    assert float(low) <= 0 <= float(high), effects
 
 
 def test_metrics_null_calibration_error_is_what_a_calibrated_model_shows():
@@ -595,6 +654,10 @@ def test_gradcam_identities_at_layer4():
     assert torch.allclose(maps, cam, rtol=1e-5, atol=1e-6)
     chosen = logits[torch.arange(6), targets]
     assert torch.allclose(maps.sum((1, 2)) + model.fc.bias[targets], chosen, rtol=1e-5, atol=1e-5)
+    others = (targets + 50) % 100  # the margin map: where class a's lead over class b comes from
+    margin = maps - gradcam.grad_cam(model, images, others)
+    bias = model.fc.bias[targets] - model.fc.bias[others]
+    assert torch.allclose(margin.sum((1, 2)) + bias, chosen - logits[torch.arange(6), others], rtol=1e-5, atol=1e-5)
 
 
 def test_gradcam_at_other_layers_follows_the_definition():
@@ -781,7 +844,7 @@ def test_chain_failures():
             if other[i] == probs[i].argmax()
             else "new wrong class"
         )
-        assert row["outcome"] == fate
+        assert row["other_outcome"] == fate
     assert sum(row["representative"] == "1" for row in rows) == 3 and rows[0]["representative"] == "1"
     assert f"{len(rows):,} SYNTHETIC data test images that are wrong with confidence above 0.5" in printed[3]
 
@@ -808,6 +871,10 @@ def test_chain_gradcam():
             row["target"][-2:]
         )  # the sum over the cells is the logit without its bias, through the whole chain
         assert math.isclose(float(row["map_sum"]) + bias[target], logits[int(failure["index"]), target], abs_tol=1e-3)
+        true = int(row["true"][-2:])
+        assert math.isclose(
+            float(row["true_map_sum"]) + bias[true], logits[int(failure["index"]), true], abs_tol=1e-3
+        )
     run_dir = copy_of_run("explained", "last.pt")
     rows, printed = quietly(
         gradcam.main, [str(run_dir), "--index", "3", "3", "141", "--layer", "layer3", "--target", "synthetic_07"]

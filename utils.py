@@ -12,6 +12,7 @@ import csv
 import hashlib
 import io
 import json
+import math
 import os
 import re
 import shlex
@@ -433,6 +434,23 @@ def calibration_error(confidence, correct, num_bins=15):
     gaps = np.asarray(confidence, np.float64) - np.asarray(correct, np.float64)
     sums = np.bincount(calibration_bins(confidence, num_bins), weights=gaps, minlength=num_bins)
     return float(np.abs(sums).sum() / len(gaps))
+
+
+def wilson_interval(hits, n):
+    """95 % interval (low, high) of a proportion of hits in n > 0 trials; never empty, also at 0 and n. Wilson 1927."""
+    z, p = 1.959964, hits / n
+    center, half = p + z**2 / (2 * n), z * np.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
+    return (center - half) / (1 + z**2 / n), (center + half) / (1 + z**2 / n)
+
+
+def mcnemar(first, second):
+    """Exact McNemar test of two (N,) bool arrays of correct answers: (only first right, only second right, p).
+
+    p: how often chance would divide the images on which they differ at least as unevenly, if each were a fair coin.
+    """
+    b, c = int((first & ~second).sum()), int((~first & second).sum())
+    tail = sum(math.comb(b + c, k) for k in range(min(b, c) + 1))
+    return b, c, min(1.0, 2 * tail / 2 ** (b + c))
 
 
 # ---- progress and figures ----------------------------------------------------------------------------------
