@@ -114,9 +114,7 @@ def load_cifar100(data_dir="data", train=True, url=None):
 def download(cifar100, data_dir):
     """Fetch and unpack the archive (161 MB) into data_dir, with a time-out that torchvision does not set."""
     if data_dir.is_file() or (data_dir / "batches.meta").exists():
-        raise ScriptError(
-            f"--data-dir {data_dir} is a file, or CIFAR-10; name the folder that holds cifar-100-python"
-        )
+        raise ScriptError(f"--data-dir {data_dir} is a file, or CIFAR-10; name a folder for cifar-100-python")
     print(f"downloading {cifar100.url} to {data_dir}: 161 MB, and its server can take an hour", flush=True)
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(20)  # seconds without a single byte
@@ -124,8 +122,9 @@ def download(cifar100, data_dir):
         cifar100(data_dir, train=False, download=True)
     except (OSError, RuntimeError, ValueError, EOFError, tarfile.TarError, http.client.HTTPException) as error:
         raise ScriptError(
-            f"cannot get CIFAR-100 from {cifar100.url} ({error}); on Kaggle, switch the notebook's Internet on; or use --data-dir FOLDER "
-            f"with a copy on this disk, --data-url URL of any copy with MD5 {ARCHIVE_MD5}, or --dataset synthetic",
+            f"cannot get CIFAR-100 from {cifar100.url} ({error}); on Kaggle, switch the notebook's Internet on; or use "
+            f"--data-dir FOLDER with a copy on this disk, --data-url URL of any copy with MD5 {ARCHIVE_MD5}, "
+            "or --dataset synthetic",
             code=1,
         ) from None
     finally:
@@ -141,9 +140,7 @@ def load_synthetic(train=True):
     share is above one half the label is wrong in effect, so that even a perfect classifier makes mistakes,
     some of them confident.
     """
-    shared, own = np.random.default_rng(100).integers(
-        0, 200, (2, NUM_CLASSES, 4, 4, 3)
-    )  # the patterns, for both splits
+    shared, own = np.random.default_rng(100).integers(0, 200, (2, NUM_CLASSES, 4, 4, 3))  # for both splits
     patterns = (shared[SUPERCLASS_OF] + 2 * own) / 3
     n = 50_000 if train else 10_000
     rng = np.random.default_rng([100, 1 + train])

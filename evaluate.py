@@ -16,17 +16,8 @@ import numpy as np
 import torch
 
 import utils
-from data import (
-    NUM_CLASSES,
-    SUPERCLASS_OF,
-    SUPERCLASSES,
-    TITLES,
-    class_names,
-    load_dataset,
-    normalize,
-    split_id,
-    split_train_val,
-)
+from data import NUM_CLASSES, SUPERCLASS_OF, SUPERCLASSES, TITLES, class_names, load_dataset, normalize
+from data import split_id, split_train_val
 from model import resnet18
 from utils import ScriptError, calibration_bins, calibration_error, confusion_matrix, log_softmax
 
@@ -95,15 +86,13 @@ def image_scores(logits, labels):
     probs = np.exp(log_probs)
     rows, pred = np.arange(len(labels)), logits.argmax(1)
     correct = pred == labels
-    top5 = (np.argsort(-logits, axis=1, kind="stable")[:, :5] == labels[:, None]).any(
-        1
-    )  # ties: the lower label first
+    ranked = np.argsort(-logits, axis=1, kind="stable")  # where logits tie, the lower label comes first
     superclass = SUPERCLASS_OF[pred] == SUPERCLASS_OF[labels]
     return {
         "pred": pred,
         "confidence": probs[rows, pred],
         "correct": correct,
-        "top5": top5,
+        "top5": (ranked[:, :5] == labels[:, None]).any(1),
         "nll": -log_probs[rows, labels],
         "brier": (probs**2).sum(1) - 2 * probs[rows, labels] + 1,
         "superclass": superclass,
@@ -138,9 +127,8 @@ def null_calibration_error(confidence, draws=1000, seed=0):
     The labels are redrawn: image i is right with probability confidence_i. Broecker and Smith 2007.
     """
     rng = np.random.default_rng(seed)
-    return float(
-        np.mean([calibration_error(confidence, rng.random(len(confidence)) < confidence) for _ in range(draws)])
-    )
+    outcomes = (rng.random(len(confidence)) < confidence for _ in range(draws))
+    return float(np.mean([calibration_error(confidence, correct) for correct in outcomes]))
 
 
 def area_under_risk_coverage(confidence, correct):
@@ -475,32 +463,18 @@ def compare(first, second):
     """
     (first_dir, labels, *first_scores), (second_dir, _, *second_scores) = first, second
     only_first, only_second, p = utils.mcnemar(first_scores[0]["correct"], second_scores[0]["correct"])
-    content = {
-        "reference": str(first_dir),
-        "only_reference_right": only_first,
-        "only_this_right": only_second,
-        "mcnemar_p": p,
-    }
+    content = {"reference": str(first_dir), "mcnemar_p": p}
+    content |= {"only_reference_right": only_first, "only_this_right": only_second}
     print(f"\n{first_dir} -> {second_dir}, difference [95 % interval]; * where the interval leaves out 0")
     print(f"  right in the first only {only_first:,}, in the second only {only_second:,}; exact McNemar p = {p:.2g}")
-    everything = (
-        "accuracy",
-        "macro_f1",
-        "signed_gap",
-        "confident_errors",
-        "ece",
-        "nll",
-        "brier",
-        "aurc",
-        "auroc_failure",
-    )
+    unscaled = ["accuracy", "macro_f1"]  # a temperature does not change them
+    both = ["signed_gap", "confident_errors", "ece", "nll", "brier", "aurc", "auroc_failure"]
+    once = np.ones((1, len(labels)), np.float32)  # every image drawn once: the metric itself
     for suffix, before, after in zip(("", "_scaled"), first_scores, second_scores):
         values = bootstrap(labels, before, after)
-        whole = [
-            resampled_metrics(scores, labels, np.ones((1, len(labels)), np.float32)) for scores in (before, after)
-        ]
+        whole = [resampled_metrics(scores, labels, once) for scores in (before, after)]
         print(f"  {'after temperature scaling' if suffix else 'as trained':<26} {'first':>8} {'second':>8}")
-        for name in everything if not suffix else everything[3:]:
+        for name in both if suffix else unscaled + both:
             (a,), (b,) = whole[0][name], whole[1][name]
             ends = interval(values[1][name] - values[0][name])
             content[name + suffix] = {"reference": a, "this": b, "difference": b - a, "ci95": ends} if ends else None

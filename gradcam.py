@@ -281,21 +281,16 @@ def main(argv=None):
             again = f"run python evaluate.py {utils.quote(run_dir)}, then python failures.py {utils.quote(run_dir)}"
             raise ScriptError(f"{run_dir}/failures.csv is not of this best.pt and this data set; {again}")
 
-    def maps_of(classes, which):
-        """Raw maps (len(which), h, w) on the CPU: classes (N,) in the images `which`."""
-        parts = [
-            grad_cam(model, normalize(images[part].to(device)), classes[part].to(device), args.layer).cpu()
-            for part in utils.track(torch.tensor(which).split(100), "Grad-CAM, batch")
-        ]
-        return torch.cat(parts)
+    def maps_of(classes):
+        """Raw maps (N, h, w) on the CPU of all images, for classes (N,)."""
+        batches = utils.track(list(zip(inputs, classes.split(100))), "Grad-CAM, batch")
+        return torch.cat([grad_cam(model, batch, part.to(device), args.layer).cpu() for batch, part in batches])
 
-    targets = (
-        preds if args.target == "predicted" else labels if args.target == "true" else torch.full_like(preds, asked)
-    )
-    maps = maps_of(targets, range(len(images)))
+    targets = {"predicted": preds, "true": labels}.get(args.target, torch.full_like(preds, asked or 0))
+    maps = maps_of(targets)
     if not maps.isfinite().all():
         raise ScriptError("the maps have NaN or infinite values; is the checkpoint sound?", code=1)
-    true_maps = maps_of(labels, range(len(images))) if labels is not None else None
+    true_maps = maps_of(labels) if labels is not None else None
     border = border_energy(maps)
     rows = [
         {

@@ -77,16 +77,11 @@ def parse_args(argv):
     require("--warmup-epochs", 0 <= args.warmup_epochs < args.epochs, f"at least 0 and below --epochs {args.epochs}")
     require("--patience", args.patience >= 0, "at least 0")
     require("--seed", 0 <= args.seed < 2**32, "in 0..4294967295")
-    require(
-        "--val-size", 100 <= args.val_size < 50_000 and args.val_size % 100 == 0, "a multiple of 100 in 100..49900"
-    )
+    whole = 100 <= args.val_size < 50_000 and args.val_size % 100 == 0
+    require("--val-size", whole, "a multiple of 100 in 100..49900")
     require("--width", 1 <= args.width <= 1024, "in 1..1024")
     train_size = 50_000 - args.val_size
-    require(
-        "--limit",
-        args.limit is None or 1 <= args.limit <= train_size,
-        f"in 1..{train_size}, the training images there are",
-    )
+    require("--limit", args.limit is None or 1 <= args.limit <= train_size, f"in 1..{train_size}, the images there are")
     train_size = args.limit or train_size
     require("--batch-size", 2 <= args.batch_size <= train_size, f"in 2..{train_size}, the number of training images")
     return args
@@ -124,9 +119,8 @@ def select_precision(amp, device):
     if amp == "auto":
         amp = fast
     elif amp not in possible:
-        raise ScriptError(
-            f"--amp {amp} is not for {utils.device_name(device)}; choose {', '.join(sorted(possible))}, or leave it to auto"
-        )
+        choices = ", ".join(sorted(possible))
+        raise ScriptError(f"--amp {amp} is not for {utils.device_name(device)}; choose {choices}, or leave it out")
     else:
         reason = "as asked"
     return {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[amp], reason
@@ -158,9 +152,8 @@ def exclusive(run_dir):
 
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ScriptError(
-                f"another process is training in {run_dir}; wait for it, or choose another --output-dir"
-            ) from None
+            advice = "wait for it, or choose another --output-dir"
+            raise ScriptError(f"another process is training in {run_dir}; {advice}") from None
         except (ImportError, OSError):
             pass  # Windows, and some network drives, have no such locks
         yield
@@ -171,9 +164,8 @@ def load_last(run_dir, args):
     last = run_dir / "last.pt"
     if not args.resume:
         if (run_dir / "config.json").exists() or last.exists():
-            raise ScriptError(
-                f"{run_dir} already holds a run; add --resume to go on with it, or use another --output-dir"
-            )
+            advice = "add --resume to go on with it, or use another --output-dir"
+            raise ScriptError(f"{run_dir} already holds a run; {advice}")
         return None
     if not last.exists():
         if (run_dir / "log.csv").exists():
@@ -279,9 +271,8 @@ def train(args, device, precision, run_dir, checkpoint=None):
         nesterov=True,
         fused=device.type != "mps",  # one kernel for all parameters, and no wait for the scaler's overflow check
     )
-    for (
-        parameter
-    ) in model.parameters():  # else fused SGD starts from uninitialised memory if fp16 overflows in step 0
+    # Without this, fused SGD starts from uninitialised memory if float16 overflows in the very first step.
+    for parameter in model.parameters():
         optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     dtype, reason = precision
     scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
@@ -310,7 +301,7 @@ def train(args, device, precision, run_dir, checkpoint=None):
     history, best_epoch, best_acc = [], 0, -1.0
     if checkpoint:
         restore(checkpoint, model, optimizer, scaler, run_dir / "last.pt")
-        history, best_epoch, best_acc = (checkpoint["history"], checkpoint["best_epoch"], checkpoint["best_acc"])
+        history, best_epoch, best_acc = (checkpoint[key] for key in ("history", "best_epoch", "best_acc"))
         print(f"resuming after epoch {len(history)}")
         for key, now in setup.items():
             then = checkpoint["setup"].get(key)
@@ -320,9 +311,7 @@ def train(args, device, precision, run_dir, checkpoint=None):
 
     progress = utils.Progress()
     try:
-        net = (
-            torch.compile(model) if args.compile else model
-        )  # shares its weights; only `model` is saved and validated
+        net = torch.compile(model) if args.compile else model  # the same weights; `model` is what is saved
         print(HEADER, flush=True)
         for epoch in range(len(history) + 1, args.epochs + 1):
             start = time.monotonic()
@@ -351,12 +340,11 @@ def train(args, device, precision, run_dir, checkpoint=None):
                 if progress.due():
                     check_finite(loss_sum, f"by step {step + 1}", history)
                     speed = (i + 1) * args.batch_size / (time.monotonic() - start)
-                    in_epoch, in_run = (
-                        n * args.batch_size / speed for n in (steps_per_epoch - i - 1, total_steps - step - 1)
-                    )
+                    in_epoch, in_run = ((n - 1) * args.batch_size / speed for n in (steps_per_epoch - i, total_steps - step))
                     progress.show(
-                        f"epoch {epoch}/{args.epochs}, step {i + 1}/{steps_per_epoch}: loss {loss_sum.item() / (i + 1):.3f}, "
-                        f"{speed:,.0f} images/s, {duration(in_epoch)} left in the epoch, {duration(in_run)} in the run"
+                        f"epoch {epoch}/{args.epochs}, step {i + 1}/{steps_per_epoch}: "
+                        f"loss {loss_sum.item() / (i + 1):.3f}, {speed:,.0f} images/s, "
+                        f"{duration(in_epoch)} left in the epoch, {duration(in_run)} in the run"
                     )
             check_finite(loss_sum, f"by step {step + 1}", history)
             trained = time.monotonic()

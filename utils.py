@@ -26,7 +26,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-BLUE, VERMILION, GRAY = ("#0072B2", "#D55E00", "#999999")  # Okabe and Ito: told apart by colour-blind readers too
+BLUE, VERMILION, GRAY = "#0072B2", "#D55E00", "#999999"  # Okabe and Ito: colour-blind readers tell them apart
 
 
 # ---- errors and the command line ---------------------------------------------------------------------------
@@ -107,17 +107,11 @@ def run_script(main):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except OSError as error:
-        message, code = (
-            f"{error.filename or 'the system'}: {error.strerror or error}; nothing written before is lost",
-            1,
-        )
+        message, code = f"{error.filename or 'the system'}: {error.strerror or error}; nothing written is lost", 1
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "alloc" not in str(error).lower():
             raise
-        message, code = (
-            "out of memory; close other programs, or use another --device (to train: a smaller --batch-size)",
-            1,
-        )
+        message, code = "out of memory; use another --device (to train: a smaller --batch-size)", 1
     sys.stdout.flush()
     print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
     sys.exit(code)
@@ -236,31 +230,23 @@ def load_checkpoint(path):
             raise zipfile.BadZipFile(f"wrong CRC in {damaged}")
         checkpoint = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception as error:  # pickle, zip and torch raise anything from KeyError to UnicodeDecodeError here
-        reason = re.search(r"GLOBAL (\S+)", str(error))
-        reason = (
-            f"it asks to run {reason[1]}" if reason else (str(error).strip() or type(error).__name__).splitlines()[0]
-        )
-        raise ScriptError(
-            f"{path} is not a checkpoint of this project ({reason}); refused, nothing was executed"
-        ) from None
+        asks = re.search(r"GLOBAL (\S+)", str(error))
+        reason = f"it asks to run {asks[1]}" if asks else (str(error).strip() or type(error).__name__).splitlines()[0]
+        message = f"{path} is not a checkpoint of this project ({reason}); refused, nothing was executed"
+        raise ScriptError(message) from None
     try:
-        args, state = checkpoint["args"], checkpoint["model"]
-        sound = (
-            checkpoint["format"] == 1
-            and args["dataset"] in ("cifar100", "synthetic")
-            and type(checkpoint["epoch"]) is int
-        )
-        sound = (
-            sound
-            and all(type(args[key]) is int and args[key] >= 0 for key in ("width", "seed", "val_size"))
-            and 1 <= args["width"] <= 1024
-        )
-        sound = sound and all(
-            isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in state.items()
-        )
+        args = checkpoint["args"]
+        sound = [
+            checkpoint["format"] == 1,
+            type(checkpoint["epoch"]) is int,
+            args["dataset"] in ("cifar100", "synthetic"),
+            all(type(args[key]) is int and args[key] >= 0 for key in ("width", "seed", "val_size")),
+            1 <= args["width"] <= 1024,
+            all(isinstance(tensor, torch.Tensor) for tensor in checkpoint["model"].values()),
+        ]
     except (TypeError, KeyError, AttributeError, IndexError):
-        sound = False
-    if not sound:
+        sound = [False]
+    if not all(sound):
         raise ScriptError(f"{path} is not a checkpoint of this version of train.py; train one with python train.py")
     return checkpoint
 
@@ -269,15 +255,11 @@ def load_weights(model, state, path):
     """Copy a checkpoint's weights into model, also from DataParallel or torch.compile, which prefix the names."""
     state = {re.sub(r"^(module\.|_orig_mod\.)+", "", name): tensor for name, tensor in state.items()}
     own = model.state_dict()
-    wrong = [
-        name
-        for name in {**own, **state}
-        if name not in own or name not in state or own[name].shape != state[name].shape
-    ]
+    shapes, wanted = ({name: tuple(tensor.shape) for name, tensor in part.items()} for part in (state, own))
+    wrong = [name for name in wanted | shapes if shapes.get(name) != wanted.get(name)]
     if wrong:
-        raise ScriptError(
-            f"{path} is of another network ({len(wrong)} tensors differ: {', '.join(wrong[:3])}); train it with train.py"
-        )
+        some = f"{len(wrong)} tensors differ: {', '.join(wrong[:3])}"
+        raise ScriptError(f"{path} is of another network ({some}); use a run of train.py")
     if not all(tensor.isfinite().all() for tensor in state.values()):
         raise ScriptError(f"{path} holds NaN or infinite weights; the run diverged, train again with a lower --lr")
     model.load_state_dict(state)
@@ -327,9 +309,7 @@ def load_logits(run_dir, split):
             expected = known.get(path.name) if isinstance(known, dict) else None
             if path.exists() and expected not in (None, sha256(path)):
                 what = "is not the file that metrics.json was made from: damaged, or replaced since"
-                raise ScriptError(
-                    f"{path} {what}; {again}" + (", or delete metrics.json" if "restore" in again else "")
-                )
+                raise ScriptError(f"{path} {what}; {again}" + ", or delete metrics.json" * ("restore" in again))
     if logits.min() >= 0 and np.abs(logits.sum(1, dtype=np.float64) - 1).max() < 1e-3:
         warn(f"{paths[0]} looks like probabilities, not logits: every confidence computed from it is too low")
     return logits.astype(np.float64), labels.astype(np.int64)
