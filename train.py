@@ -4,11 +4,11 @@
     python train.py --smoothing 0.1     # the one modification                -> runs/smoothing0.1
     python train.py --resume            # the same command goes on with a run that was killed
 
-Writes into runs/<name>, where the name says which flags differ from their defaults: config.json, log.csv (a
-row an epoch), curves.png, last.pt (all that --resume needs) and best.pt (the weights of the best validation
-epoch, which evaluate.py and gradcam.py read). 5,000 of the training images are held out for validation; the
-test set is not touched. On a CPU, and with --deterministic on one GPU, a resumed run ends with the same bits
-as an undisturbed one.
+Writes into runs/<name>, where the name says which flags differ from their defaults: config.json, log.csv (a row
+an epoch), curves.png, last.pt (all that --resume needs) and best.pt (the weights of the best validation epoch,
+which evaluate.py and gradcam.py read). 5,000 of the training images are held out for validation; the test set is
+not touched. On a CPU a resumed run ends with the same bits as an undisturbed one; --deterministic asks the same of
+a GPU.
 """
 
 import contextlib
