@@ -174,16 +174,11 @@ def main(argv=None):
     title = f"{TITLES[config['dataset']]} test images that are wrong with confidence above {args.threshold}"
     print(f"{len(rows):,} {title}, of {(preds != labels).sum():,} wrong ones of {len(labels):,}: {run_dir}")
     others = {}
-    for name, other_dir, other_config in (
-        ("other", other_dir, other_config),
-        ("control", control_dir, control_config),
-    ):
-        if other_dir:
-            others[name], other_labels = read_probs(other_dir)
-            if other_config["dataset"] != config["dataset"] or not np.array_equal(other_labels, labels):
-                raise ScriptError(
-                    f"{other_dir} was evaluated on other images than {run_dir}; compare on one data set"
-                )
+    for name, folder, its_config in (("other", other_dir, other_config), ("control", control_dir, control_config)):
+        if folder:
+            others[name], its_labels = read_probs(folder)
+            if its_config["dataset"] != config["dataset"] or not np.array_equal(its_labels, labels):
+                raise ScriptError(f"{folder} was evaluated on other images than {run_dir}; compare on one data set")
             add_columns(rows, name, others[name], failures, preds, labels, names)
     if other_dir:
         other_failures = find_failures(others["other"], labels, args.threshold)

@@ -845,6 +845,7 @@ def test_chain_failures():
             else "new wrong class"
         )
         assert row["other_outcome"] == fate
+    assert "such images" in printed[3] and "repaired" in printed[3] and "naive difference" in printed[3]
     assert sum(row["representative"] == "1" for row in rows) == 3 and rows[0]["representative"] == "1"
     assert f"{len(rows):,} SYNTHETIC data test images that are wrong with confidence above 0.5" in printed[3]
 
