@@ -210,9 +210,12 @@ def main(argv=None):
                 "  in any other run. --control with the first run under another seed takes the bias out."
             )
 
-    for stale in ("failures.png", "gradcam.png", "gradcam.csv"):
-        (run_dir / stale).unlink(missing_ok=True)  # of another list of failures
-    utils.write_csv(run_dir / "failures.csv", rows[0] if rows else COLUMNS, rows)
+    path = run_dir / "failures.csv"
+    before = path.read_text(errors="replace").splitlines()[1:] if path.exists() else []
+    if {line.split(",")[0] for line in before} != {str(row["index"]) for row in rows}:
+        for stale in ("failures.png", "gradcam.png", "gradcam.csv"):
+            (run_dir / stale).unlink(missing_ok=True)  # pictures of another list of failures
+    utils.write_csv(path, rows[0] if rows else COLUMNS, rows)
     if not rows:
         print(f"nothing to show: no mistake above the threshold; wrote an empty failures.csv to {run_dir}")
         return rows
