@@ -186,7 +186,7 @@ def draw(path, rows, images, panels, layer, title):
         cams = upsample(raws.clamp(min=0))
         cams = cams / cams.max().clamp(min=1e-12)
         for axis, (name, probability, raw), cam in zip(axes[1:], maps, cams):
-            picture = axis.imshow(cam, cmap="viridis", vmin=0, vmax=1)
+            picture = axis.imshow(cam.numpy(), cmap="viridis", vmin=0, vmax=1)
             nothing = "" if (raw > 0).any() else "\nno positive evidence"
             axis.set_title(f"for {name} ({100 * probability:.1f} %){nothing}", fontsize=9)
         if len(maps) == 2:

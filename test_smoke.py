@@ -406,6 +406,13 @@ def interrupted_run(name, epoch, *flags):
 
 def test_train_resume_says_what_it_does():
     run_dir = interrupted_run("says", 2)
+    good = (run_dir / "last.pt").read_bytes()
+    for damage in ({"optimizer": {}}, {"optimizer": {"state": {}, "param_groups": []}}):
+        train.save_checkpoint(run_dir / "last.pt", utils.load_checkpoint(run_dir / "last.pt") | damage)
+        refused(train.main, [*TINY, "--output-dir", run_dir, "--resume"], 2, "incomplete")
+    shutil.copy(run_dir / "best.pt", run_dir / "last.pt")
+    refused(train.main, [*TINY, "--output-dir", run_dir, "--resume"], 2, "weights only")
+    (run_dir / "last.pt").write_bytes(good)
     refused(train.main, [*TINY, "--output-dir", run_dir], 2, "--resume", "already holds a run")
     for flag, value, old in (
         ("--lr", "0.2", "0.1"),
@@ -435,14 +442,29 @@ def test_train_stops_early_and_keeps_the_best():
     assert best["val_acc"] == max(accuracies) == accuracies[best["epoch"] - 1]
 
 
-def test_train_divergence_is_one_line_and_keeps_the_checkpoint():
-    refused(
-        train.main,
-        [*TINY, "--lr", "1e30", "--momentum", "0.99", "--output-dir", scratch() / "diverged"],
-        1,
-        "diverged",
-        "--lr",
-    )
+def test_train_divergence_is_one_line_and_saves_nothing():
+    one_step = ["--limit", "100", "--warmup-epochs", "0"]  # its weights blow up after its only loss
+    for n, flags in enumerate((["--momentum", "0.99"], one_step)):
+        run_dir = scratch() / f"diverged {n}"
+        refused(train.main, [*TINY, "--lr", "1e30", *flags, "--output-dir", run_dir], 1, "diverged", "--lr")
+        assert not list(run_dir.glob("*.pt"))
+
+
+def test_train_optimizer_survives_an_overflow_in_the_first_step():
+    """What a T4 does in float16: the scaler skips a step with infinite gradients; then all is as without that step."""
+    weights = []
+    for overflow in (True, False):
+        model = torch.nn.Linear(3, 2, bias=False)
+        torch.nn.init.ones_(model.weight)
+        optimizer = train.make_optimizer(model, 0.1, 0.9, 5e-4)
+        scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+        for factor in [math.inf] * overflow + [1.0, 2.0, 3.0]:
+            optimizer.zero_grad()
+            scaler.scale(factor * model(torch.ones(1, 3)).sum()).backward()
+            scaler.step(optimizer)
+            scaler.update()
+        weights.append(model.weight.detach())
+    assert torch.allclose(*weights) and weights[0].isfinite().all(), weights
 
 
 # ---- metrics ---------------------------------------------------------------------------------------------------------

@@ -138,6 +138,17 @@ def lr_at(step, total_steps, warmup_steps, peak):
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / (total_steps - warmup_steps)))
 
 
+def make_optimizer(model, lr, momentum, weight_decay):
+    """SGD with Nesterov momentum on all parameters, as one fused kernel where there is one."""
+    parameters = list(model.parameters())
+    fused = parameters[0].device.type != "mps"  # fused also spares a wait for the GradScaler's overflow check
+    optimizer = torch.optim.SGD(parameters, lr, momentum, weight_decay=weight_decay, nesterov=True, fused=fused)
+    # Without this, fused SGD starts from uninitialised memory if float16 overflows in the very first step.
+    for parameter in parameters:
+        optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
+
+
 @contextlib.contextmanager
 def exclusive(run_dir):
     """Refuse a second process in run_dir (not on Windows). The lock goes when the process ends, however it ends."""
@@ -263,17 +274,7 @@ def train(args, device, precision, run_dir, checkpoint=None):
 
     torch.manual_seed(args.seed)
     model = resnet18(width=args.width).to(device, memory_format=torch.channels_last)
-    optimizer = torch.optim.SGD(
-        model.parameters(),
-        args.lr,
-        args.momentum,
-        weight_decay=args.weight_decay,
-        nesterov=True,
-        fused=device.type != "mps",  # one kernel for all parameters, and no wait for the scaler's overflow check
-    )
-    # Without this, fused SGD starts from uninitialised memory if float16 overflows in the very first step.
-    for parameter in model.parameters():
-        optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    optimizer = make_optimizer(model, args.lr, args.momentum, args.weight_decay)
     dtype, reason = precision
     scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
 

@@ -50,7 +50,8 @@ class Terminated(KeyboardInterrupt):
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     def _get_help_string(self, action):
-        return action.help if action.default in (None, False) else super()._get_help_string(action)
+        plain = action.default is None or action.default is False  # "(default: None)" tells nobody anything
+        return action.help if plain else super()._get_help_string(action)
 
 
 class ArgumentParser(argparse.ArgumentParser):
