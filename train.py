@@ -343,15 +343,14 @@ def train(args, device, precision, run_dir, checkpoint=None):
                     speed = (i + 1) * args.batch_size / (time.monotonic() - start)
                     in_epoch, in_run = ((n - 1) * args.batch_size / speed for n in (steps_per_epoch - i, total_steps - step))
                     progress.show(
-                        f"epoch {epoch}/{args.epochs}, step {i + 1}/{steps_per_epoch}: "
-                        f"loss {loss_sum.item() / (i + 1):.3f}, {speed:,.0f} images/s, "
-                        f"{duration(in_epoch)} left in the epoch, {duration(in_run)} in the run"
+                        f"epoch {epoch}/{args.epochs} step {i + 1}/{steps_per_epoch} loss {loss_sum.item() / (i + 1):.3f} "
+                        f"{speed:,.0f} images/s, {duration(in_run)} left (epoch: {duration(in_epoch)})"
                     )
             check_finite(loss_sum, f"by step {step + 1}", history)
             trained = time.monotonic()
 
             with torch.autocast(device.type, dtype, enabled=dtype is not None):
-                val_logits = utils.predict(model, map(normalize, val_images.split(500)))  # (5000, 100) float32
+                val_logits = utils.predict(model, map(normalize, val_images.split(args.batch_size)))  # (5000, 100)
             val_loss = F.cross_entropy(val_logits, val_labels)
             check_finite(val_loss, f"by step {step + 1}", history)
             row = {
