@@ -57,7 +57,7 @@ def outcomes(failures, preds, labels, other_preds):
 
 
 def mean_interval(values, resamples=2000, seed=0):
-    """ "mean [low, high]" in percentage points: the mean of (N,) values and its 95 % bootstrap interval."""
+    """Mean of (N,) values and its 95 % bootstrap interval as text, in percentage points."""
     rng = np.random.default_rng(seed)
     means = values[rng.integers(0, len(values), (resamples, len(values)))].mean(1)
     low, high = np.quantile(means, [0.025, 0.975])
@@ -125,9 +125,7 @@ def print_matched(confidence, correct, other_confidence, other_correct, threshol
         mistakes.append(np.isin(np.arange(len(c)), most_confident) & ~right)
     *_, p = utils.mcnemar(*mistakes)
     first, second = (mistake.sum() for mistake in mistakes)
-    print(
-        f"among the {covered:,} most confident images of each: {first:,} wrong -> {second:,}, exact McNemar p = {p:.2g}"
-    )
+    print(f"{first:,} -> {second:,} wrong among the {covered:,} most confident images of each, McNemar p = {p:.2g}")
 
 
 def main(argv=None):
@@ -190,9 +188,8 @@ def main(argv=None):
             taught = f"smoothing {smoothing} teaches a confidence of {ceiling:.3f} at most"
             utils.warn(f"{taught}: fewer failures above {args.threshold} prove nothing")
         other_probs = others["other"]
-        print_matched(
-            confidence, preds == labels, other_probs.max(1), other_probs.argmax(1) == labels, args.threshold
-        )
+        other_correct = other_probs.argmax(1) == labels
+        print_matched(confidence, preds == labels, other_probs.max(1), other_correct, args.threshold)
     if other_dir and rows:
         print(f"the {len(rows):,} failures of {run_dir} in {other_dir}:")
         print_fate(rows, "other")
@@ -201,9 +198,12 @@ def main(argv=None):
         if control_dir:
             control = others["control"].max(1)[failures]
             print(f"  control - first   {mean_interval(control - before)}: what another seed does by itself")
-            print(
-                f"  other - control   {mean_interval(after - control)}: the effect; neither run was used to pick the images"
-            )
+            print(f"  other - control   {mean_interval(after - control)}: the effect; neither picked the images")
+            if other_config["args"].get("seed") == config["args"].get("seed"):
+                utils.warn(
+                    f"{other_dir} shares its seed with {run_dir}, so the same initial weights and order of images make their "
+                    "mistakes alike, and the effect too small; one with a third seed is a cleaner comparison"
+                )
         else:
             print(
                 "  The naive difference is biased downwards: failures picked for their confidence in one run look better\n"
@@ -212,21 +212,18 @@ def main(argv=None):
 
     path = run_dir / "failures.csv"
     before = path.read_text(errors="replace").splitlines()[1:] if path.exists() else []
-    if {line.split(",")[0] for line in before} != {str(row["index"]) for row in rows}:
-        for stale in ("failures.png", "gradcam.png", "gradcam.csv"):
-            (run_dir / stale).unlink(missing_ok=True)  # pictures of another list of failures
+    same = {line.split(",")[0] for line in before} == {str(row["index"]) for row in rows}
+    for stale in ("failures.png",) if same else ("failures.png", "gradcam.png", "gradcam.csv"):
+        (run_dir / stale).unlink(missing_ok=True)  # what shows another list of failures
     utils.write_csv(path, rows[0] if rows else COLUMNS, rows)
     if not rows:
         print(f"nothing to show: no mistake above the threshold; wrote an empty failures.csv to {run_dir}")
         return rows
-    print(
-        f"{len(chosen)} representative ones, evenly spread from the most to the least confident, at most one per pair:"
-    )
+    print(f"{len(chosen)} representative ones, spread evenly over the ranks, at most one per pair of classes:")
     for row in rows:
         if row["representative"]:
-            print(
-                f"  image {row['index']:>5}: {row['true']} taken for {row['predicted']}, {100 * row['confidence']:.1f} %"
-            )
+            words = f"{row['true']} taken for {row['predicted']}"
+            print(f"  image {row['index']:>5}: {words}, {100 * row['confidence']:.1f} %")
     print(f"wrote failures.csv to {run_dir}", flush=True)
 
     images, true_labels = load_dataset(config["dataset"], args.data_dir, train=False)
