@@ -491,11 +491,12 @@ def compare(first, second):
 def warn_of_differences(runs):
     """Two runs compare fairly if they differ in the smoothing alone, or in the seed alone."""
     (first, config), *others = runs
+    ours = config["args"]
     for other, other_config in others:
-        ours, theirs = ({**run["args"], "dataset": run["dataset"]} for run in (config, other_config))
-        recipe = ours.keys() - {"data_dir", "data_url", "device", "output_dir", "resume", "smoothing", "seed"}
-        for key in sorted(recipe):
-            if ours[key] != theirs.get(key):
+        theirs = other_config["args"]
+        differ = sorted(key for key in ours.keys() - utils.PLACES if ours[key] != theirs.get(key))
+        for key in differ:
+            if key not in ("smoothing", "seed") or {"smoothing", "seed"} <= set(differ):
                 utils.warn(f"{first} and {other} differ in {key}: {ours[key]} and {theirs.get(key)}")
 
 
@@ -524,7 +525,7 @@ def main(argv=None):
     first, others = runs[0][0], "".join(f" --compare {utils.quote(run_dir)}" for run_dir, _ in runs[1:2])
     if not others:
         print("to compare: train another run, such as python train.py --smoothing 0.1, and name both here")
-    print(f"next: python failures.py {utils.quote(first)}{others}")
+    print(f"next: python failures.py {utils.quote(first)}{others}{utils.data_dir_flag(args)}")
     return results
 
 

@@ -152,6 +152,9 @@ def main(argv=None):
         parser.error("--control goes with --compare")
     other_dir, other_config = utils.open_run(args.compare) if args.compare else (None, None)
     control_dir, control_config = utils.open_run(args.control) if args.control else (None, None)
+    folders = [folder.resolve() for folder in (run_dir, other_dir, control_dir) if folder]
+    if len(set(folders)) < len(folders):
+        parser.error("RUN, --compare and --control must be different runs")
 
     probs, labels = read_probs(run_dir)
     names, preds, confidence = class_names(config["dataset"]), probs.argmax(1), probs.max(1)
@@ -233,7 +236,7 @@ def main(argv=None):
     title = f"{run_dir.name}: {title}\norange: representative; the others: the most confident"
     draw(run_dir / "failures.png", images.numpy(), rows, title + (f"; there: {other_dir.name}" if other_dir else ""))
     print(f"wrote failures.png to {run_dir}")
-    print(f"next: python gradcam.py {utils.quote(run_dir)}")
+    print(f"next: python gradcam.py {utils.quote(run_dir)}{utils.data_dir_flag(args)}")
     return rows
 
 

@@ -281,7 +281,7 @@ def tensors_and_log(run_dir):
         for row in checkpoint.get("history", []):
             for key in clock:
                 row.pop(key)
-        checkpoint["args"] = {key: value for key, value in checkpoint["args"].items() if key not in train.PLACES}
+        checkpoint["args"] = {key: value for key, value in checkpoint["args"].items() if key not in utils.PLACES}
         found[name] = checkpoint
     found["log.csv"] = [
         {key: value for key, value in row.items() if key not in clock} for row in read_csv(run_dir / "log.csv")
@@ -442,6 +442,34 @@ def test_train_stops_early_and_keeps_the_best():
     assert best["val_acc"] == max(accuracies) == accuracies[best["epoch"] - 1]
 
 
+def test_train_loop_equals_a_plain_one():
+    """Two epochs against a loop written anew: split, order, augmentation, smoothing, lr, weight decay, Nesterov."""
+    flags = "--epochs 2 --lr 0.001 --smoothing 0.3 --weight-decay 0.5 --amp off".split()
+    run_dir = make_run("plain loop", *flags)  # a small lr, at which rounding does not grow
+    images, labels = data.load_synthetic()
+    keep = data.split_train_val(labels, 100, 42)[0][:300]
+    padded, labels = data.pad(images[keep]), labels[keep]
+    torch.manual_seed(42)
+    model = resnet18(width=8).train()
+    parameters = list(model.parameters())
+    velocity, initial = [torch.zeros_like(p) for p in parameters], [p.detach().clone() for p in parameters]
+    for step, lr in enumerate((1e-3 / 3, 2e-3 / 3, 1e-3, 1e-3, 7.5e-4, 2.5e-4)):  # warmup over 3 steps, cosine over 3
+        epoch, i = divmod(step, 3)
+        order, offsets, flips = (part[100 * i : 100 * i + 100] for part in data.epoch_plan(42, epoch + 1, 300))
+        log_probs = model(data.augment(padded, order, offsets, flips)).log_softmax(1)
+        targets = 0.7 * F.one_hot(labels[order], 100) + 0.3 / 100
+        gradients = torch.autograd.grad(-(targets * log_probs).sum(1).mean(), parameters)
+        with torch.no_grad():
+            for p, g, v in zip(parameters, gradients, velocity):
+                g = g + 0.5 * p
+                v.mul_(0.9).add_(g)
+                p.sub_(lr * (g + 0.9 * v))
+    trained = utils.load_checkpoint(run_dir / "last.pt")["model"]
+    for (name, ours), start in zip(model.named_parameters(), initial):
+        error, update = (ours - trained[name]).norm(), (trained[name] - start).norm()
+        assert error < 0.02 * update, (name, error, update)
+
+
 def test_train_divergence_is_one_line_and_saves_nothing():
     one_step = ["--limit", "100", "--warmup-epochs", "0"]  # its weights blow up after its only loss
     for n, flags in enumerate((["--momentum", "0.99"], one_step)):
@@ -505,6 +533,9 @@ def test_metrics_against_loops():
         assert math.isclose(scores["brier"][i], brier)
         ranked = sorted(range(100), key=lambda k: (-logits[i, k], k))
         assert scores["pred"][i] == ranked[0] and scores["top5"][i] == (labels[i] in ranked[:5])
+        family = next(group for group in data.SUPERCLASSES.values() if data.CLASS_NAMES[labels[i]] in group.split())
+        assert scores["superclass"][i] == (data.CLASS_NAMES[ranked[0]] in family.split())
+        assert scores["within"][i] == (scores["superclass"][i] and ranked[0] != labels[i])
 
     confidence, correct = scores["confidence"].round(2), scores["correct"]
     ece = 0
@@ -544,6 +575,33 @@ def test_metrics_temperature_is_where_the_derivative_vanishes():
         assert abs(nll(temperature * 1.0001) - nll(temperature * 0.9999)) < 1e-7
         assert nll(temperature) < min(nll(temperature * 1.01), nll(temperature * 0.99))
         assert math.isclose(temperature / factor, evaluate.fit_temperature(logits, labels), rel_tol=1e-6)
+
+
+def test_metrics_temperature_comes_from_the_validation_images():
+    (logits, labels), (val_logits, val_labels) = random_case(500), random_case(500, seed=1, spread=5.0)
+    metrics = evaluate.compute_metrics(logits, labels, val_logits, val_labels)[0]
+    assert metrics["temperature"] == evaluate.fit_temperature(val_logits, val_labels)
+    assert not math.isclose(metrics["temperature"], evaluate.fit_temperature(logits, labels), rel_tol=0.01)
+    scaled = utils.log_softmax(logits / metrics["temperature"])
+    assert math.isclose(metrics["nll_scaled"], -scaled[np.arange(500), labels].mean())
+    confidence = np.exp(scaled).max(1)
+    assert math.isclose(metrics["ece_scaled"], utils.calibration_error(confidence, logits.argmax(1) == labels))
+
+
+def test_metrics_per_class_and_pairs_by_hand():
+    confusion = np.zeros((100, 100), int)
+    confusion[0, :4], confusion[1, :4], confusion[2, :4] = [6, 3, 1, 0], [2, 8, 0, 0], [1, 0, 0, 9]
+    names = [f"class {k}" for k in range(100)]
+    first, second, third = evaluate.per_class_rows(confusion, names)[:3]
+    assert (first["images"], first["accuracy"], first["precision"]) == (10, 0.6, 6 / 9)
+    assert math.isclose(first["f1"], 2 * 0.6 * (6 / 9) / (0.6 + 6 / 9))
+    assert (first["mostly_taken_for"], first["times"]) == ("class 1", 3) and third["mostly_taken_for"] == "class 3"
+    assert (third["accuracy"], third["precision"], third["f1"]) == (0, 0, 0) and third["low"] == 0 < third[
+        "high"
+    ] < 0.3
+    assert math.isclose(second["low"], utils.wilson_interval(8, 10)[0])
+    assert evaluate.confused_pairs(confusion, 2) == [(2, 3, 9), (0, 1, 5)]
+    assert len(evaluate.confused_pairs(confusion)) == 3  # pairs without errors are left out
 
 
 def test_metrics_intervals():
@@ -596,19 +654,21 @@ def test_metrics_mcnemar():
     assert 0 < utils.mcnemar(np.arange(4000) < 2300, np.arange(4000) >= 2300)[2] < 1e-15
 
 
-def test_failures_control_takes_the_selection_out():
-    """Three runs that differ by chance alone: naively the failures have improved; against the control they have not."""
+def control_lines(scale):
+    """The last lines of failures.py for three runs that differ by chance; and, if scale is not 2, in the second's confidence."""
     rng = np.random.default_rng(2)
     labels = np.arange(10_000) % 100
     shared = rng.normal(size=(10_000, 100)) + 3.5 * (np.arange(100) == labels[:, None])
     dirs = []
     for name in ("first", "second", "third"):
-        dirs.append(scratch() / "null" / name)
+        dirs.append(scratch() / f"null {scale}" / name)
         dirs[-1].mkdir(parents=True)
-        logits = 2.0 * (shared + 0.7 * rng.normal(size=shared.shape))
+        logits = (scale if name == "second" else 2.0) * (shared + 0.7 * rng.normal(size=shared.shape))
         evaluate.write_array(dirs[-1] / "test_logits.npy", logits)
         evaluate.write_array(dirs[-1] / "test_labels.npy", labels)
-        utils.write_json(dirs[-1] / "config.json", {"dataset": "synthetic", "args": {"smoothing": 0.0}})
+        utils.write_json(
+            dirs[-1] / "config.json", {"dataset": "synthetic", "args": {"smoothing": 0.0, "seed": len(dirs)}}
+        )
     first, second, third = map(str, dirs)
     load, failures.load_dataset = (
         failures.load_dataset,
@@ -620,9 +680,16 @@ def test_failures_control_takes_the_selection_out():
         failures.load_dataset = load
     effects = {line.split("  ")[1]: line for line in printed.splitlines() if "points" in line}
     number = {name: float(line.split("points")[0].split()[-1]) for name, line in effects.items()}
-    assert len(rows) > 200 and number["naive difference"] < -10, number
-    low, high = effects["other - control"].split("[")[1].split("]")[0].split(",")
-    assert float(low) <= 0 <= float(high), effects
+    assert len(rows) > 200
+    ends = [float(end) for end in effects["other - control"].split("[")[1].split("]")[0].split(",")]
+    return number["naive difference"], number["control - first"], ends
+
+
+def test_failures_control_takes_the_selection_out():
+    naive, chance, (low, high) = control_lines(2.0)  # no effect, and yet the failures look better
+    assert naive < -10 and abs(chance - naive) < 3 and low <= 0 <= high and low < high
+    naive, chance, (low, high) = control_lines(1.0)  # an effect: half the logits
+    assert high < -5 and naive < chance < -10
 
 
 def test_metrics_null_calibration_error_is_what_a_calibrated_model_shows():
@@ -814,6 +881,40 @@ def test_chain_learns_and_writes_everything():
         assert low <= metrics[name] <= high, name
 
 
+def test_chain_comparison():
+    (baseline, smoothed), printed = chain()
+    comparison = json.loads((smoothed / "comparison.json").read_text())
+    metrics = [json.loads((run / "metrics.json").read_text()) for run in (baseline, smoothed)]
+    for name in ("accuracy", "nll", "ece", "aurc", "auroc_failure", "macro_f1"):
+        entry = comparison[name]
+        for key, its_metrics in zip(("reference", "this"), metrics):
+            assert math.isclose(entry[key], its_metrics[name], rel_tol=1e-4), name
+        assert math.isclose(entry["difference"], entry["this"] - entry["reference"])
+        assert entry["ci95"][0] < entry["difference"] < entry["ci95"][1], name
+    assert math.isclose(comparison["nll_scaled"]["this"], metrics[1]["nll_scaled"], rel_tol=1e-4)
+    labels = np.load(baseline / "test_labels.npy")
+    first, second = (np.load(run / "test_logits.npy").argmax(1) == labels for run in (baseline, smoothed))
+    counts = int((first & ~second).sum()), int((second & ~first).sum())
+    assert (comparison["only_reference_right"], comparison["only_this_right"]) == counts
+    assert math.isclose(comparison["accuracy"]["difference"], (counts[1] - counts[0]) / 10_000, abs_tol=1e-6)
+    assert "differ in width: 16 and 8" in printed[2] and "differ in smoothing" not in printed[2]
+    # Paired: a run against a copy of itself differs in nothing, in no resample.
+    twin = copy_of_run("twin", "*.png", "*.pt")
+    quietly(evaluate.main, [str(baseline), str(twin)])
+    comparison = json.loads((twin / "comparison.json").read_text())
+    entries = [entry for entry in comparison.values() if isinstance(entry, dict)]
+    assert comparison["mcnemar_p"] == 1 and len(entries) > 10
+    assert all(entry["difference"] == 0 and entry["ci95"] == [0, 0] for entry in entries)
+
+
+def test_chain_matched_coverage():
+    """Equally many of the most confident images of each run, each run ranked by its own confidence."""
+    confidence, other = np.array([0.95, 0.92, 0.5, 0.4]), np.array([0.1, 0.2, 0.6, 0.7])
+    correct, other_correct = np.array([True, False, False, True]), np.array([True, True, False, False])
+    printed = quietly(failures.print_matched, confidence, correct, other, other_correct, 0.9)[1]
+    assert printed.startswith("1 -> 2 wrong among the 2 most confident images"), printed
+
+
 def test_chain_keeps_row_order_and_agrees_with_itself():
     baseline = chain()[0][0]
     logits, labels, confusion = (
@@ -867,6 +968,7 @@ def test_chain_failures():
             else "new wrong class"
         )
         assert row["other_outcome"] == fate
+        assert int(row["same_superclass"]) == (data.SUPERCLASS_OF[labels[i]] == data.SUPERCLASS_OF[probs[i].argmax()])
     assert "such images" in printed[3] and "repaired" in printed[3] and "naive difference" in printed[3]
     assert sum(row["representative"] == "1" for row in rows) == 3 and rows[0]["representative"] == "1"
     assert f"{len(rows):,} SYNTHETIC data test images that are wrong with confidence above 0.5" in printed[3]
@@ -903,11 +1005,45 @@ def test_chain_gradcam():
         gradcam.main, [str(run_dir), "--index", "3", "3", "141", "--layer", "layer3", "--target", "synthetic_07"]
     )
     assert len(rows) == 2 and rows[0]["target"] == "synthetic_07" and "8x8 cells at layer3" in printed
+    rows, _ = quietly(gradcam.main, [str(run_dir), "--index", "3", "--target", "true"])
+    assert rows[0]["target"] == rows[0]["true"] and rows[0]["map_sum"] == rows[0]["true_map_sum"]
     from PIL import Image
 
     Image.new("L", (50, 40), 99).save(scratch() / "gray.png")
     rows, printed = quietly(gradcam.main, [str(run_dir), "--image", str(scratch() / "gray.png")])
     assert len(rows) == 1 and rows[0]["true"] == "" and "converted from L" in printed
+
+
+def drawn(function, *args):
+    """The figure that a drawing function would save."""
+    figures, save = [], utils.save_figure
+    utils.save_figure = lambda figure, path: figures.append(figure)
+    try:
+        function(*args)
+    finally:
+        utils.save_figure = save
+    return figures[0]
+
+
+def test_figures_show_what_they_say():
+    confusion = np.diag(np.full(100, 50))
+    confusion[3, 70] = 7  # true 3, predicted 70
+    matrix, bars = drawn(evaluate.draw_confusion, None, confusion, data.CLASS_NAMES, "").axes[:2]
+    shown = matrix.images[0].get_array()
+    rows, columns = ([label.get_text() for label in axis.get_ticklabels()] for axis in (matrix.yaxis, matrix.xaxis))
+    assert shown[rows.index(data.CLASS_NAMES[3]), columns.index(data.CLASS_NAMES[70])] == 7 and shown.sum() == 7
+    assert rows[:5] == data.SUPERCLASSES["aquatic_mammals"].split() and np.isnan(np.diag(shown.filled(np.nan))).all()
+    assert bars.patches[0].get_width() == 7
+
+    predicted, true = torch.rand(4, 4) - 0.5, torch.rand(4, 4) - 0.5
+    row = {"index": 1, "true": "bear", "predicted": "wolf", "confidence": 0.9}
+    panels = [[("wolf", 0.9, predicted), ("bear", 0.05, true)]]
+    figure = drawn(gradcam.draw, None, [row], [np.zeros((32, 32, 3), np.uint8)], panels, "layer4", "")
+    _, first, second, margin = (axes.images[0].get_array() for axes in figure.axes[:4])
+    up = [gradcam.upsample(raw[None])[0] for raw in (predicted.clamp(min=0), true.clamp(min=0), predicted - true)]
+    assert np.allclose(first, up[0] / max(up[0].max(), up[1].max())) and first.max() <= 1
+    assert np.allclose(second, up[1] / max(up[0].max(), up[1].max()))  # on the same scale as the first
+    assert np.allclose(margin, up[2] / up[2].abs().max())
 
 
 def test_chain_evaluates_again_without_checkpoint_and_data():
@@ -939,7 +1075,7 @@ def test_chain_evaluates_anew_when_the_checkpoint_has_changed():
 
 
 def test_bad_arguments():
-    """Refused before anything is loaded, with the flag named."""
+    """Refused with the flag named, and before any file is changed."""
     run, elsewhere = shlex.quote(str(chain()[0][0])), shlex.quote(str(scratch() / "not made"))
     table = [  # script, arguments, words expected in the line
         (train, "--nonsense", "--nonsense"), (train, "--smooth 0.1", "--smooth"), (train, "--lr", "--lr"),
@@ -960,7 +1096,7 @@ def test_bad_arguments():
         (evaluate, "", "RUN"), (evaluate, elsewhere, "train.py"), (evaluate, f"{run} --device cuda:77", "cuda:77"), (evaluate, f"{run} --bins 3", "--bins"),
         (evaluate, f"{run} --dataset cifar100", "synthetic"), (failures, elsewhere, "train.py"), (failures, f"{run} --top 0", "--top 0"),
         (failures, f"{run} --top -1", "--top -1"), (failures, f"{run} --threshold 1.5", "--threshold 1.5"), (failures, f"{run} --threshold nan", "nan"),
-        (failures, f"{run} --compare {elsewhere}", "train.py"), (evaluate, f"{run} {elsewhere}", "train.py"), (failures, f"{run} --device foo", "foo"),
+        (failures, f"{run} --compare {elsewhere}", "train.py"), (failures, f"{run} --control {run}", "--compare"), (failures, f"{run} --compare {run}", "different"), (evaluate, f"{run} {elsewhere}", "train.py"), (failures, f"{run} --device foo", "foo"),
         (gradcam, elsewhere, "train.py"), (gradcam, f"{run} --index -1", "0..9999"), (gradcam, f"{run} --index 10000", "0..9999"),
         (gradcam, f"{run} --index abc", "abc"), (gradcam, f"{run} --index 1 --image x.png", "not allowed"),
         (gradcam, f"{run} --index {' '.join(map(str, range(65)))}", "64"), (gradcam, f"{run} --index 1 --target 100", "0..99"),
@@ -1032,7 +1168,7 @@ def test_bad_checkpoints():
     flags = [
         f"--{key.replace('_', '-')}={value}"
         for key, value in arguments.items()
-        if key not in train.PLACES and value not in (None, False)
+        if key not in utils.PLACES and value not in (None, False)
     ]
     for name, (content, word) in table.items():
         (run_dir / "best.pt").write_bytes(content)
@@ -1478,7 +1614,7 @@ def long_test_500_mutations():
     flags = [
         f"--{key.replace('_', '-')}={value}"
         for key, value in checkpoint["args"].items()
-        if key not in train.PLACES and value not in (None, False)
+        if key not in utils.PLACES and value not in (None, False)
     ]
     resume = [*flags, "--dataset", "synthetic", "--device", "cpu", "--output-dir", str(run_dir), "--resume"]
     explain, evaluation, failed = (

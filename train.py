@@ -7,8 +7,8 @@
 Writes into runs/<name>, where the name says which flags differ from their defaults: config.json, log.csv (a row
 an epoch), curves.png, last.pt (all that --resume needs) and best.pt (the weights of the best validation epoch,
 which evaluate.py and gradcam.py read). 5,000 of the training images are held out for validation; the test set is
-not touched. On a CPU a resumed run ends with the same bits as an undisturbed one; --deterministic asks the same of
-a GPU.
+not touched. On a CPU with the same number of threads a resumed run ends with the same bits as an undisturbed
+one; --deterministic asks the same of a GPU.
 """
 
 import contextlib
@@ -29,7 +29,6 @@ from model import resnet18
 from utils import ScriptError, duration
 
 COLUMNS = "epoch,lr,train_loss,train_acc,val_loss,val_acc,seconds,images_per_second".split(",")
-PLACES = {"data_dir", "data_url", "device", "output_dir", "resume"}  # flags that leave the recipe alone
 
 
 def parse_args(argv):
@@ -188,7 +187,7 @@ def load_last(run_dir, args):
         raise ScriptError(f"{last} holds weights only, it may be a best.pt; put the real last.pt back, or train anew")
     for flag, old in checkpoint["args"].items():
         new = getattr(args, flag, None)
-        if flag not in PLACES and new != old:
+        if flag not in utils.PLACES and new != old:
             flag = "--" + flag.replace("_", "-")
             raise ScriptError(
                 f"{run_dir} was started with {flag} {old}, not {new}; repeat the flags of its start to go on with it, "
@@ -430,7 +429,7 @@ def finish(run_dir, args, checkpoint):
     seconds = sum(row["seconds"] for row in history)
     print(f"best validation accuracy {100 * best_acc:.2f} % in epoch {best_epoch}; trained for {duration(seconds)}")
     print(f"wrote config.json, log.csv, curves.png, last.pt and best.pt to {run_dir}")
-    print(f"next: python evaluate.py {utils.quote(run_dir)}")
+    print(f"next: python evaluate.py {utils.quote(run_dir)}{utils.data_dir_flag(args)}")
     return {"run_dir": str(run_dir), "best_epoch": best_epoch, "val_acc": best_acc}
 
 

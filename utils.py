@@ -29,6 +29,8 @@ import torch
 BLUE, VERMILION, GRAY = "#0072B2", "#D55E00", "#999999"  # Okabe and Ito: colour-blind readers tell them apart
 
 
+PLACES = {"data_dir", "data_url", "device", "output_dir", "resume"}  # flags of train.py that leave the recipe alone
+
 # ---- errors and the command line ---------------------------------------------------------------------------
 
 
@@ -116,6 +118,11 @@ def run_script(main):
     sys.stdout.flush()
     print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
     sys.exit(code)
+
+
+def data_dir_flag(args):
+    """What the next command has to repeat to find the data."""
+    return f" --data-dir {quote(args.data_dir)}" if args.data_dir != "data" else ""
 
 
 def quote(path):
@@ -266,8 +273,8 @@ def load_weights(model, state, path):
     model.load_state_dict(state)
 
 
-def load_array(path, made_by):
-    """A .npy array, never unpickling; ScriptError if it is missing or unreadable."""
+def load_array(path, made_by, again):
+    """A .npy array, never unpickling; ScriptError if it is missing or unreadable, with the remedy for each."""
     try:
         array = np.load(path, allow_pickle=False)
         if not isinstance(array, np.ndarray):
@@ -277,7 +284,7 @@ def load_array(path, made_by):
         raise ScriptError(f"no {path}; run {made_by} first") from None
     except Exception as error:  # numpy raises EOFError, ValueError, MemoryError, SyntaxError... on damaged headers
         reason = "no .npy file, or pickled objects in it" if "pickle" in str(error) else type(error).__name__
-        raise ScriptError(f"{path} is not readable as a NumPy array ({reason}); run {made_by} --refresh") from None
+        raise ScriptError(f"{path} is not readable as a NumPy array ({reason}); {again}") from None
 
 
 def load_logits(run_dir, split):
@@ -290,7 +297,7 @@ def load_logits(run_dir, split):
     paths = run_dir / f"{split}_logits.npy", run_dir / f"{split}_labels.npy"
     made_by = f"python evaluate.py {quote(run_dir)}"
     again = f"run {made_by} --refresh" if (run_dir / "best.pt").exists() else "restore it from where the run was made"
-    logits, labels = (load_array(path, made_by) for path in paths)
+    logits, labels = (load_array(path, made_by, again) for path in paths)
 
     def require(valid, path, what):
         if not valid:
