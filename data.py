@@ -24,6 +24,7 @@ from utils import ScriptError
 NUM_CLASSES = 100
 ARCHIVE_URL = "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz"
 ARCHIVE_MD5 = "eb9058c3a382ffc7106e4002c42a8d85"
+TIMEOUT = 20  # seconds without a single byte
 
 # Mean and standard deviation of each channel over all pixels of the 50,000 training images, in [0, 1]. The
 # often-copied std (0.2009, 0.1984, 0.2023) is the average of the stds within single images, which is smaller.
@@ -117,7 +118,7 @@ def download(cifar100, data_dir):
         raise ScriptError(f"--data-dir {data_dir} is a file, or CIFAR-10; name a folder for cifar-100-python")
     print(f"downloading {cifar100.url} to {data_dir}: 161 MB, and its server can take an hour", flush=True)
     before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(20)  # seconds without a single byte
+    socket.setdefaulttimeout(TIMEOUT)
     try:
         cifar100(data_dir, train=False, download=True)
     except (OSError, RuntimeError, ValueError, EOFError, tarfile.TarError, http.client.HTTPException) as error:

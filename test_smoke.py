@@ -1134,6 +1134,58 @@ class Payload:
         return open, (str(scratch() / "pwned"), "w")
 
 
+@contextlib.contextmanager
+def replaced(owner, name, value):
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)
+
+
+def test_bad_worlds():
+    """What this machine does not have: old versions, GPUs that do not work, a full memory, a server that falls silent."""
+    with replaced(torch, "__version__", "2.5.1"):
+        refused(lambda argv: utils.select_device("cpu"), [], 2, "2.6", "too old")
+    if not torch.cuda.is_available():
+        with replaced(torch.cuda, "device_count", lambda: 1):  # as a P100: there, but no operation works
+            refused(lambda argv: utils.select_device("cuda"), [], 1, "does not run this PyTorch", "--device cpu")
+    with replaced(torch.cuda, "get_device_capability", lambda device: (7, 5)):  # a T4 would emulate bfloat16
+        with replaced(utils, "device_name", lambda device: "Tesla T4"):
+            refused(lambda argv: train.select_precision("bf16", torch.device("cuda:0")), [], 2, "Tesla T4", "fp16")
+
+    for error, code, word in (
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), 1, "out of memory"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB"), 1, "--batch-size"),
+        (MemoryError(), 1, "out of memory"),
+        (OSError(5, "Input/output error", "somewhere"), 1, "somewhere: Input/output error"),
+        (KeyboardInterrupt(), 130, "stopped"),
+        (utils.Terminated(), 143, "stopped"),
+        (ScriptError("this; do that"), 2, "this; do that"),
+    ):
+
+        def main():
+            raise error
+
+        printed = io.StringIO()
+        try:
+            with contextlib.redirect_stderr(printed):
+                utils.run_script(main)
+        except SystemExit as stop:
+            assert stop.code == code and word in printed.getvalue() and printed.getvalue().count("\n") == 1, error
+        else:
+            raise AssertionError(error)
+
+    import socket
+
+    with socket.create_server(("127.0.0.1", 0)) as silent, replaced(data, "TIMEOUT", 0.5):
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}/x"
+        start = time.monotonic()
+        refused(lambda argv: data.load_cifar100(scratch() / "silent", url=url), [], 1, "timed out", "--data-url")
+        assert time.monotonic() - start < 10
+
+
 def test_bad_checkpoints():
     run_dir = copy_of_run("bad checkpoint", "*.png", "*.npy", "metrics.json")
     last = (run_dir / "last.pt").read_bytes()
