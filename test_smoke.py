@@ -1494,21 +1494,20 @@ def test_places_signals():
     """SIGTERM and Ctrl-C: one line, what is kept, how to go on; 143 and 130. The pipe closed: quiet."""
     import signal
 
+    def heed_ctrl_c():  # a process that a script started in the background would ignore it
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
     for number, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
         run_dir = scratch() / f"signal {code}"
-        command = [
-            sys.executable,
-            "train.py",
-            *TINY,
-            "--epochs",
-            "2000",
-            "--patience",
-            "0",
-            "--output-dir",
-            str(run_dir),
-        ]
+        flags = [*TINY, "--epochs", "2000", "--patience", "0", "--output-dir", str(run_dir)]
         process = subprocess.Popen(
-            command, cwd=HERE, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            [sys.executable, "train.py", *flags],
+            cwd=HERE,
+            env=environment(),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            preexec_fn=heed_ctrl_c,
         )
         while not (run_dir / "log.csv").exists() and process.poll() is None:
             time.sleep(0.05)
