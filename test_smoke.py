@@ -84,6 +84,16 @@ def refused(main, argv, code, *words):
     raise AssertionError(f"{argv} was accepted")
 
 
+@contextlib.contextmanager
+def replaced(owner, name, value):
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)
+
+
 def real_data():
     """A --data-dir with the official CIFAR-100, or skip the test."""
     if (HERE / "data/cifar-100-python/train").exists():
@@ -900,7 +910,8 @@ def test_chain_comparison():
     assert "differ in width: 16 and 8" in printed[2] and "differ in smoothing" not in printed[2]
     # Paired: a run against a copy of itself differs in nothing, in no resample.
     twin = copy_of_run("twin", "*.png", "*.pt")
-    quietly(evaluate.main, [str(baseline), str(twin)])
+    with replaced(utils, "save_figure", lambda figure, path: None):  # the slow part
+        quietly(evaluate.main, [str(baseline), str(twin)])
     comparison = json.loads((twin / "comparison.json").read_text())
     entries = [entry for entry in comparison.values() if isinstance(entry, dict)]
     assert comparison["mcnemar_p"] == 1 and len(entries) > 10
@@ -1016,12 +1027,9 @@ def test_chain_gradcam():
 
 def drawn(function, *args):
     """The figure that a drawing function would save."""
-    figures, save = [], utils.save_figure
-    utils.save_figure = lambda figure, path: figures.append(figure)
-    try:
+    figures = []
+    with replaced(utils, "save_figure", lambda figure, path: figures.append(figure)):
         function(*args)
-    finally:
-        utils.save_figure = save
     return figures[0]
 
 
@@ -1066,7 +1074,8 @@ def test_chain_evaluates_anew_when_the_checkpoint_has_changed():
     run_dir = copy_of_run("changed", "last.pt", "*.png")
     shutil.copy(chain()[0][1] / "best.pt", run_dir / "best.pt")
     assert evaluate.logits_are_current(chain()[0][0]) and not evaluate.logits_are_current(run_dir)
-    _, printed = quietly(evaluate.main, [str(run_dir)])
+    with replaced(utils, "save_figure", lambda figure, path: None):
+        _, printed = quietly(evaluate.main, [str(run_dir)])
     assert "logits of best.pt" in printed and evaluate.logits_are_current(run_dir)
     assert (np.load(run_dir / "test_logits.npy") == np.load(chain()[0][1] / "test_logits.npy")).all()
 
@@ -1132,16 +1141,6 @@ class Payload:
 
     def __reduce__(self):
         return open, (str(scratch() / "pwned"), "w")
-
-
-@contextlib.contextmanager
-def replaced(owner, name, value):
-    before = getattr(owner, name)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        setattr(owner, name, before)
 
 
 def test_bad_worlds():
