@@ -1553,7 +1553,7 @@ from utils import macro_scores, confusion_matrix, calibration_error
 import train, evaluate, failures, torch
 seed = torch.initial_seed()
 assert set(os.listdir()) == before and "matplotlib" not in sys.modules and random.getstate() == state
-sys.argv = ["ipykernel_launcher.py", "-f", "/root/kernel.json"]
+sys.argv = ["ipykernel_launcher.py", "-f", "kernel.json"]
 for module in (train, evaluate, failures):
     try:
         module.main()
