@@ -2,12 +2,17 @@
 
     python failures.py runs/baseline
     python failures.py runs/baseline --compare runs/smoothing0.1
-    python failures.py runs/baseline --compare runs/smoothing0.1 --control runs/baseline-seed43
+    python failures.py runs/baseline --compare runs/smoothing0.1 --control runs/baseline-seed43 runs/baseline-seed44
 
 Reads the logits that evaluate.py saved. Writes failures.csv (one row per test image that is wrong with
 confidence above 0.90, most confident first) and failures.png into the run directory; gradcam.py reads
-failures.csv.
+failures.csv and adds its attention figures. The columns: what the run says; label_doubted, by evaluate.py's
+label_errors.csv; for each run of --compare (other_, other2_...) and --control (control_, control2_...) what it
+says to the same image; over_seeds: stable if all control runs make the same mistake, luck if none of them is wrong.
 """
+
+import csv
+import io
 
 import numpy as np
 
@@ -98,12 +103,37 @@ def add_columns(rows, name, probs, failures, preds, labels, names):
         row[f"{name}_true_probability"] = float(probs[i, labels[i]])
 
 
-def print_fate(rows, name):
-    """What has become of the failures in another run: shares, and means before and after."""
+def over_seeds(outcomes):
+    """What the same recipe makes of a failure under other seeds, from its outcomes there."""
+    if set(outcomes) == {"same wrong class"}:
+        return "stable"
+    return "luck" if set(outcomes) == {"repaired"} else "mixed"
+
+
+def read_columns(path, keys, failures):
+    """{index: {key: text}} of a csv that another script wrote, for exactly these failures; {} if it has others."""
+    try:
+        rows = list(csv.DictReader(io.StringIO(path.read_text())))
+        found = {int(row["index"]): {key: row[key] for key in keys} for row in rows}
+    except (OSError, ValueError, KeyError, TypeError, csv.Error):
+        return {}
+    return found if set(map(int, failures)) <= set(found) else {}
+
+
+def share(count, of):
+    """A share and its 95 % Wilson interval, as text."""
+    low, high = utils.wilson_interval(count, max(of, 1))
+    return f"{count:6,} {100 * count / max(of, 1):6.1f} % [{100 * low:.1f}, {100 * high:.1f}]"
+
+
+def print_fate(rows, name, broken, right):
+    """What has become of the failures in another run: shares, and means before and after.
+
+    broken: how many of the `right` confident correct images are wrong there: what is repaired has its price.
+    """
     for outcome in OUTCOMES:
-        count = sum(row[f"{name}_outcome"] == outcome for row in rows)
-        low, high = utils.wilson_interval(count, len(rows))
-        print(f"  {outcome:<17} {count:6,} {100 * count / len(rows):6.1f} % [{100 * low:.1f}, {100 * high:.1f}]")
+        print(f"  {outcome:<17} {share(sum(row[f'{name}_outcome'] == outcome for row in rows), len(rows))}")
+    print(f"  {'newly broken':<17} {share(broken, right)} of the {right:,} images it is right on, as confidently")
     for what, before, after in (
         ("confidence", "confidence", "confidence"),
         ("wrong class", "confidence", "wrong_probability"),
@@ -132,9 +162,11 @@ def main(argv=None):
     """Returns the rows of failures.csv as a list of dicts."""
     parser = utils.ArgumentParser(__doc__)
     parser.add_argument("run", metavar="RUN", help="run directory that evaluate.py has been through")
-    parser.add_argument("--compare", metavar="DIR", help="another run: what does it say to the same images?")
     parser.add_argument(
-        "--control", metavar="DIR", help="the first run under another seed: what does chance alone do?"
+        "--compare", nargs="+", default=[], metavar="DIR", help="other runs: what do they say to the same images?"
+    )
+    parser.add_argument(
+        "--control", nargs="+", default=[], metavar="DIR", help="RUN under other seeds: what does chance alone do?"
     )
     parser.add_argument("--threshold", type=float, default=0.9, help="confidence above which a mistake counts")
     parser.add_argument("--top", type=int, default=3, metavar="N", help="how many representative failures to choose")
@@ -150,9 +182,9 @@ def main(argv=None):
     utils.check_dataset(run_dir, config["dataset"], args.dataset)
     if args.control and not args.compare:
         parser.error("--control goes with --compare")
-    other_dir, other_config = utils.open_run(args.compare) if args.compare else (None, None)
-    control_dir, control_config = utils.open_run(args.control) if args.control else (None, None)
-    folders = [folder.resolve() for folder in (run_dir, other_dir, control_dir) if folder]
+    others = [utils.open_run(folder) for folder in args.compare]
+    controls = [utils.open_run(folder) for folder in args.control]
+    folders = [folder.resolve() for folder, _ in [(run_dir, config), *others, *controls]]
     if len(set(folders)) < len(folders):
         parser.error("RUN, --compare and --control must be different runs")
 
@@ -172,52 +204,77 @@ def main(argv=None):
         }
         for i in failures
     ]
+    doubted = read_columns(run_dir / "label_errors.csv", ["suggested", "source"], [])
+    for row in rows if (run_dir / "label_errors.csv").exists() else ():
+        row["label_doubted"] = doubted[row["index"]]["source"] if row["index"] in doubted else ""
+        row["label_suggested"] = doubted[row["index"]]["suggested"] if row["index"] in doubted else ""
     title = f"{TITLES[config['dataset']]} test images that are wrong with confidence above {args.threshold}"
     print(f"{len(rows):,} {title}, of {(preds != labels).sum():,} wrong ones of {len(labels):,}: {run_dir}")
-    others = {}
-    for name, folder, its_config in (("other", other_dir, other_config), ("control", control_dir, control_config)):
-        if folder:
-            others[name], its_labels = read_probs(folder)
+    other_probs, control_probs = [], []
+    for kind, runs, found in (("other", others, other_probs), ("control", controls, control_probs)):
+        for number, (folder, its_config) in enumerate(runs, 1):
+            its_probs, its_labels = read_probs(folder)
             if its_config["dataset"] != config["dataset"] or not np.array_equal(its_labels, labels):
                 raise ScriptError(f"{folder} was evaluated on other images than {run_dir}; compare on one data set")
-            add_columns(rows, name, others[name], failures, preds, labels, names)
-    if other_dir:
-        other_failures = find_failures(others["other"], labels, args.threshold)
-        shared = len(np.intersect1d(failures, other_failures))
-        print(f"{len(other_failures):,} such images, {shared:,} of them the same: {other_dir}")
-        smoothing = other_config["args"].get("smoothing") or 0
+            name = f"{kind}{number}" if number > 1 else kind
+            add_columns(rows, name, its_probs, failures, preds, labels, names)
+            found.append(its_probs)
+    for row in rows if controls else ():
+        row["over_seeds"] = over_seeds(
+            [value for key, value in row.items() if key.startswith("control") and "outcome" in key]
+        )
+    correct = preds == labels
+    for number, ((folder, its_config), its_probs) in enumerate(zip(others, other_probs), 1):
+        its_failures = find_failures(its_probs, labels, args.threshold)
+        shared = len(np.intersect1d(failures, its_failures))
+        print(f"{len(its_failures):,} such images, {shared:,} of them the same: {folder}")
+        smoothing = its_config["args"].get("smoothing") or 0
         ceiling = 1 - smoothing + smoothing / len(names)
         if smoothing and args.threshold > ceiling - 0.05:
             taught = f"smoothing {smoothing} teaches a confidence of {ceiling:.3f} at most"
             utils.warn(f"{taught}: fewer failures above {args.threshold} prove nothing")
-        other_probs = others["other"]
-        other_correct = other_probs.argmax(1) == labels
-        print_matched(confidence, preds == labels, other_probs.max(1), other_correct, args.threshold)
-    if other_dir and rows:
-        print(f"the {len(rows):,} failures of {run_dir} in {other_dir}:")
-        print_fate(rows, "other")
-        before, after = confidence[failures], others["other"].max(1)[failures]
-        print(f"  naive difference  {mean_interval(after - before)}")
-        if control_dir:
-            control = others["control"].max(1)[failures]
-            print(f"  control - first   {mean_interval(control - before)}: what another seed does by itself")
-            print(f"  other - control   {mean_interval(after - control)}: the effect; neither picked the images")
-            if other_config["args"].get("seed") == config["args"].get("seed"):
-                utils.warn(
-                    f"{other_dir} shares its seed with {run_dir}, so the same initial weights and order of images make their "
-                    "mistakes alike, and the effect too small; one with a third seed is a cleaner comparison"
-                )
-        else:
-            print(
-                "  The naive difference is biased downwards: failures picked for their confidence in one run look better\n"
-                "  in any other run. --control with the first run under another seed takes the bias out."
+        its_correct = its_probs.argmax(1) == labels
+        print_matched(confidence, correct, its_probs.max(1), its_correct, args.threshold)
+        if not rows:
+            continue
+        print(f"the {len(rows):,} failures of {run_dir} in {folder}:")
+        sure = correct & (confidence > args.threshold)
+        print_fate(
+            rows, f"other{number}" if number > 1 else "other", int((sure & ~its_correct).sum()), int(sure.sum())
+        )
+        print(f"  naive difference  {mean_interval(its_probs.max(1)[failures] - confidence[failures])}")
+    if controls and rows:
+        control = np.mean([its_probs.max(1)[failures] for its_probs in control_probs], 0)
+        other = np.mean([its_probs.max(1)[failures] for its_probs in other_probs], 0)
+        print(f"with {len(controls)} control run{'s' * (len(controls) > 1)}:")
+        print(
+            f"  control - first   {mean_interval(control - confidence[failures])}: what another seed does by itself"
+        )
+        print(f"  other - control   {mean_interval(other - control)}: the effect; neither picked the images")
+        stable = {word: sum(row["over_seeds"] == word for row in rows) for word in ("stable", "mixed", "luck")}
+        print(f"  over the seeds: {stable['stable']:,} stable, {stable['mixed']:,} mixed, {stable['luck']:,} luck")
+        twins = [
+            folder for folder, its_config in others if its_config["args"].get("seed") == config["args"].get("seed")
+        ]
+        if twins:
+            utils.warn(
+                f"{twins[0]} shares its seed with {run_dir}, so the same initial weights and order of images make "
+                "their mistakes alike, and the effect too small; one with a third seed is a cleaner comparison"
             )
+    elif others and rows:
+        print(
+            "  The naive difference is biased downwards: failures picked for their confidence in one run look better\n"
+            "  in any other run. --control with the first run under another seed takes the bias out."
+        )
 
     path = run_dir / "failures.csv"
     before = path.read_text(errors="replace").splitlines()[1:] if path.exists() else []
     same = {line.split(",")[0] for line in before} == {str(row["index"]) for row in rows}
-    for stale in ("failures.png",) if same else ("failures.png", "gradcam.png", "gradcam.csv"):
+    shown = ("failures.png", "gradcam.png", "gradcam.csv", "attention.csv", "attention.json")
+    for stale in shown[:1] if same else shown:
         (run_dir / stale).unlink(missing_ok=True)  # what shows another list of failures
+    attention = read_columns(run_dir / "attention.csv", utils.ATTENTION, failures)
+    rows = [row | attention.get(row["index"], {}) for row in rows]
     utils.write_csv(path, rows[0] if rows else COLUMNS, rows)
     if not rows:
         print(f"nothing to show: no mistake above the threshold; wrote an empty failures.csv to {run_dir}")
@@ -234,7 +291,7 @@ def main(argv=None):
         again = f"run python evaluate.py {utils.quote(run_dir)} --refresh"
         raise ScriptError(f"{run_dir}/test_labels.npy differs from the data set in {args.data_dir}; {again}")
     title = f"{run_dir.name}: {title}\norange: representative; the others: the most confident"
-    draw(run_dir / "failures.png", images.numpy(), rows, title + (f"; there: {other_dir.name}" if other_dir else ""))
+    draw(run_dir / "failures.png", images.numpy(), rows, title + (f"; there: {others[0][0].name}" if others else ""))
     print(f"wrote failures.png to {run_dir}")
     print(f"next: python gradcam.py {utils.quote(run_dir)}{utils.data_dir_flag(args)}")
     return rows

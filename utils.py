@@ -29,6 +29,11 @@ import torch
 BLUE, VERMILION, GRAY = "#0072B2", "#D55E00", "#999999"  # Okabe and Ito: colour-blind readers tell them apart
 
 
+# Columns that gradcam.py adds to failures.csv; attention.csv has them too.
+ATTENTION = (
+    "border_energy border_drop centre_drop border_reliance "
+    "insertion_deletion insertion_deletion_shuffled insertion_deletion_other"
+).split()
 PLACES = {"data_dir", "data_url", "device", "output_dir", "resume"}  # flags of train.py that leave the recipe alone
 
 # ---- errors and the command line ---------------------------------------------------------------------------
