@@ -6,7 +6,8 @@
 
 Writes gradcam.png (image, map for the predicted class, map for the true class, their difference) and
 gradcam.csv (a row per image) into the run directory. From failures.csv, the csv has all failures and the
-picture the representative ones.
+picture the representative ones. For all failures, and for correct predictions of the same confidence, it then
+measures what the network attends to: attention.csv, attention.json, and new columns in failures.csv.
 
 Selvaraju et al., arXiv:1610.02391. With A^k the k-th channel of a layer's output and y^c the logit of class c,
 
@@ -20,6 +21,7 @@ has seen the whole image: read it as a rough direction, never as an outline. --l
 without that identity.
 """
 
+import copy
 import csv
 import difflib
 import io
@@ -29,6 +31,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torchvision.transforms.functional import gaussian_blur
 
 import utils
 from data import TITLES, class_names, load_dataset, normalize
@@ -36,6 +39,9 @@ from model import resnet18
 from utils import ScriptError
 
 BORDER = 4  # pixels: the outermost ring, 448 of the 1,024 pixels
+STEPS = 16  # of deletion and insertion, 64 pixels each
+FIGURES_LAYER = "layer3"  # 8x8 cells, for the attention figures; the 4x4 of layer4 are too coarse
+SANITY_LIMIT = 0.5  # a map more similar than this to that of a random network, or of a random class, explains nothing
 
 
 def grad_cam(model, images, targets, layer="layer4"):
@@ -91,6 +97,240 @@ def border_energy(maps):
     positive = upsample(maps.clamp(min=0))
     inner = positive[:, BORDER:-BORDER, BORDER:-BORDER].sum((1, 2))
     return 1 - inner / positive.sum((1, 2))  # 0 / 0 is NaN
+
+
+# ---- attention figures: for numbers, not for pictures --------------------------------------------------------
+
+
+@torch.no_grad()
+def probability(model, images, classes):
+    """Probability (N,) float64, on the CPU, of one class (N,) for each of the images (N, 3, H, W)."""
+    logits = model(images.contiguous(memory_format=torch.channels_last)).cpu().double()
+    return logits.softmax(1).gather(1, classes.cpu()[:, None])[:, 0]
+
+
+def occlusion_drops(model, images, classes, intact):
+    """How much the probability falls from intact (N,) without the border, and without the centre: two (N,).
+
+    Without: replaced by the mean colour, 0 in normalised images (N, 3, 32, 32). The border is the outermost 4
+    pixels, 448 in all; the centre, the control, a square of 21x21 = 441.
+    """
+    border = torch.ones(32, 32, dtype=torch.bool, device=images.device)
+    border[BORDER:-BORDER, BORDER:-BORDER] = False
+    centre = torch.zeros_like(border)
+    centre[5:26, 5:26] = True
+    return [intact - probability(model, images.masked_fill(mask, 0), classes) for mask in (border, centre)]
+
+
+def blur(images):
+    """Gaussian blur with sigma 3 pixels: nothing is left to recognise, and no new edge appears."""
+    return gaussian_blur(images, kernel_size=19, sigma=3.0)
+
+
+def insertion_minus_deletion(model, images, classes, maps, intact, blank, blurred):
+    """Area under the insertion curve minus that under the deletion curve, (N,) in [-1, 1]: high for a good map.
+
+    Petsiuk, Das, Saenko, RISE, arXiv:1806.07421. The pixels, ordered by the upsampled signed map (N, h, w), are
+    replaced by the mean colour (deletion), or put back into the blurred image (insertion), 64 at a time; ties in
+    random order. intact, blank, blurred: the probabilities (N,) of the images at the ends of the curves.
+    """
+    values = upsample(maps).flatten(1)
+    ties = torch.randperm(values.shape[1], generator=torch.Generator().manual_seed(0)).to(values.device)
+    order = ties[values[:, ties].argsort(dim=1, descending=True, stable=True)]
+    turn = torch.empty_like(order).scatter_(
+        1, order, (torch.arange(1024, device=order.device) * STEPS // 1024).expand_as(order)
+    )
+    turn = turn.view(-1, 1, 32, 32)  # the step at which a pixel's turn comes
+    start = blur(images)
+    deletion, insertion = (intact + blank) / 2, (blurred + intact) / 2  # trapezoids: the ends count half
+    for step in range(1, STEPS):
+        deletion = deletion + probability(model, images.masked_fill(turn < step, 0), classes)
+        insertion = insertion + probability(model, torch.where(turn < step, images, start), classes)
+    return (insertion - deletion) / STEPS
+
+
+def attention_figures(model, images, classes):
+    """The figures of utils.ATTENTION for images (N, 32, 32, 3) uint8 and classes (N,): {name: (N,) float64}.
+
+    The map is that of the class at layer3. Its controls in insertion_deletion: the same map with its cells shuffled, which
+    keeps it as smooth (scattered pixels would destroy any picture faster), and the map of another image, which keeps
+    the habit of looking at the centre.
+    """
+    device, rng = next(model.parameters()).device, torch.Generator().manual_seed(0)
+    parts = [slice(i, i + 100) for i in range(0, len(images), 100)]
+    maps = [
+        grad_cam(model, normalize(images[part].to(device)), classes[part].to(device), FIGURES_LAYER) for part in parts
+    ]
+    maps = torch.cat(maps)
+    cells = torch.rand(len(maps), maps[0].numel(), generator=rng).argsort(1).to(device)
+    shuffled = maps.flatten(1).gather(1, cells).view_as(maps)
+    circle = torch.randperm(len(maps), generator=rng).to(device)
+    others = torch.empty_like(maps)
+    others[circle] = maps[circle.roll(1)]  # the map of the neighbour in a random circle: never one's own
+    found = {name: [] for name in utils.ATTENTION}
+    for part in utils.track(parts, "attention, batch"):
+        batch, target = normalize(images[part].to(device)), classes[part].to(device)
+        ends = [probability(model, x, target) for x in (batch, torch.zeros_like(batch), blur(batch))]
+        border, centre = occlusion_drops(model, batch, target, ends[0])
+        areas = [
+            insertion_minus_deletion(model, batch, target, kind[part], *ends) for kind in (maps, shuffled, others)
+        ]
+        values = (border_energy(maps[part]).cpu().double(), border, centre, border - centre, *areas)
+        for name, value in zip(utils.ATTENTION, values):
+            found[name].append(value)
+    return {name: torch.cat(values).numpy() for name, values in found.items()}
+
+
+def match_on_confidence(confidence, candidates):
+    """For each of (N,) confidences the position of the nearest of (M,) candidates, each taken once: (min(N, M),)."""
+    left, matches = np.array(candidates, np.float64), []
+    for value in confidence[: len(candidates)]:
+        matches.append(int(np.abs(left - value).argmin()))
+        left[matches[-1]] = np.inf
+    return np.array(matches, np.int64)
+
+
+def spearman(first, second):
+    """Spearman's rank correlation (N,) of the rows of two (N, cells) arrays; NaN where a row is constant."""
+
+    def ranks(row):
+        _, place, count = np.unique(row, return_inverse=True, return_counts=True)
+        rank = (np.cumsum(count) - (count - 1) / 2)[place]  # the mean rank where tied
+        return rank - rank.mean()
+
+    a, b = (np.array([ranks(row) for row in rows]) for rows in (first, second))
+    with np.errstate(invalid="ignore"):
+        return (a * b).sum(1) / np.sqrt((a**2).sum(1) * (b**2).sum(1))
+
+
+def sanity_checks(model, images, classes):
+    """Mean Spearman correlation of the signed maps with maps that must differ: {what: in [-1, 1]}.
+
+    random_logit: of a random other class; near 1, the map does not depend on the class (Sixt et al.,
+    arXiv:1912.09818). fc ... stem: after drawing new weights for that stage and all before it in this list; a map that
+    survives does not show what was learnt (Adebayo et al., arXiv:1810.03292).
+    """
+
+    def maps_of(network, targets):
+        return grad_cam(network, images, targets, FIGURES_LAYER).flatten(1).cpu().numpy()
+
+    own = maps_of(model, classes)
+    shift = torch.randint(1, 100, (len(classes),), generator=torch.Generator().manual_seed(0)).to(classes.device)
+    found = {"random_logit": spearman(own, maps_of(model, (classes + shift) % 100))}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        fresh = resnet18(width=model.conv1.out_channels)
+    changed = copy.deepcopy(model)
+    for stage in ("fc", "layer4", "layer3", "layer2", "layer1", "stem"):
+        for name in ("conv1", "bn1") if stage == "stem" else (stage,):
+            getattr(changed, name).load_state_dict(getattr(fresh, name).state_dict())
+        found[stage] = spearman(own, maps_of(changed, classes))
+    return {name: float(np.nanmean(values)) if not np.isnan(values).all() else None for name, values in found.items()}
+
+
+def mean_interval(values, resamples=2000):
+    """{"mean", "low", "high"} of (N,) values: their mean and its 95 % bootstrap interval; None if there are none."""
+    values = values[~np.isnan(values)]
+    if not len(values):
+        return {"mean": None, "low": None, "high": None}
+    rng = np.random.default_rng(0)
+    means = [values[rng.integers(0, len(values), len(values))].mean() for _ in range(resamples)]
+    low, high = np.quantile(means, [0.025, 0.975])
+    return {"mean": float(values.mean()), "low": float(low), "high": float(high)}
+
+
+def summarise(figures, n):
+    """attention.json but for what names its origin: means with 95 % intervals, of figures of n failures, then their matches.
+
+    Differences to the matches are those of the pairs, and differences between maps those of the same image.
+    """
+    values = dict(figures)
+    for control in ("shuffled", "other"):
+        values[f"minus_{control}"] = values["insertion_deletion"] - values.pop(f"insertion_deletion_{control}")
+    pairs = len(values["border_drop"]) - n
+    groups = {
+        "failures": {name: value[:n] for name, value in values.items()},
+        "matched": {name: value[n:] for name, value in values.items()},
+        "failures_minus_matched": {name: value[:pairs] - value[n:] for name, value in values.items()},
+    }
+    return {group: {name: mean_interval(value) for name, value in some.items()} for group, some in groups.items()}
+
+
+def print_attention(summary, sanity, sane):
+    def cell(figure):
+        if figure["mean"] is None:
+            return "-"
+        return "{:.3f} [{:.3f}, {:.3f}]".format(*(figure[key] for key in ("mean", "low", "high")))
+
+    words = {
+        "border_energy": "border energy (even: 0.438)",
+        "border_drop": "lost without the border",
+        "centre_drop": "lost without the centre",
+        "border_reliance": "border reliance: their difference",
+        "insertion_deletion": "insertion - deletion",
+        "minus_shuffled": "... minus that of shuffled maps",
+        "minus_other": "... minus that of others' maps",
+    }
+    heads = ("failures", "correct, as confident", "difference")
+    print(f"{'mean [95 % interval]':<38}" + "".join(f"{head:<26}" for head in heads))
+    for name, word in words.items():
+        print(f"  {word:<36}" + "".join(f"{cell(group[name]):<26}" for group in summary.values()))
+    line = ", ".join(f"{name} {value:.2f}" for name, value in sanity.items() if value is not None)
+    print(f"  sanity, Spearman with maps that must differ: {line}")
+    if not sane:
+        print(
+            f"  These maps fail: above {SANITY_LIMIT} for a random class or a random network. What is computed from them, border energy\n"
+            "  and insertion - deletion, supports no claim. Border reliance does not use them."
+        )
+    print(
+        "  Border is not background, and a sea or a plain has none. Hidden parts are unlike any training image too, so compare\n"
+        "  only the columns, and a map with its controls."
+    )
+
+
+def measure_attention(model, run_dir, failures, images, classes, test_set, logits, names):
+    """Measure, print and write attention.csv and attention.json, and add the figures to failures.csv.
+
+    failures: the rows of failures.csv, with images (n, 32, 32, 3) and predicted classes (n,). Each is paired with the correct
+    prediction of the test set (images, labels) whose confidence, by logits (N, 100), is nearest.
+    """
+    test_images, labels = test_set
+    confidence = np.exp(utils.log_softmax(logits)).max(1)
+    correct = np.flatnonzero(logits.argmax(1) == labels.numpy())
+    matched = correct[match_on_confidence([row["confidence"] for row in failures], confidence[correct])]
+    if len(matched) < len(failures):
+        print(f"only {len(matched)} correct predictions to compare {len(failures)} failures with")
+    n, index = len(failures), [row["index"] for row in failures]
+    figures = attention_figures(
+        model, torch.cat([images, test_images[matched]]), torch.cat([classes, labels[matched]])
+    )
+    some = torch.linspace(0, n - 1, min(n, 200)).long()
+    device = next(model.parameters()).device
+    sanity = sanity_checks(model, normalize(images[some].to(device)), classes[some].to(device))
+    sane = all((sanity[name] or 0) <= SANITY_LIMIT for name in ("random_logit", "stem"))
+    summary = summarise(figures, n)
+    columns = {  # of attention.csv
+        "group": ["failure"] * n + ["matched"] * len(matched),
+        "index": index + matched.tolist(),
+        "matched_to": [""] * n + index[: len(matched)],
+        "true": [row["true"] for row in failures] + [names[labels[i]] for i in matched],
+        "predicted": [row["predicted"] for row in failures] + [names[labels[i]] for i in matched],
+        "confidence": [row["confidence"] for row in failures] + confidence[matched].tolist(),
+    }
+    columns |= {name: ["" if np.isnan(x) else x for x in values.tolist()] for name, values in figures.items()}
+    rows = [dict(zip(columns, values)) for values in zip(*columns.values())]
+    utils.write_csv(run_dir / "attention.csv", columns, rows)
+    failures = [row | {name: own[name] for name in utils.ATTENTION} for row, own in zip(failures, rows)]
+    utils.write_csv(run_dir / "failures.csv", failures[0], failures)
+    no_map = int(np.isnan(figures["border_energy"][:n]).sum())
+    about = {"layer": FIGURES_LAYER, "images": n, "without_positive_evidence": no_map, "sanity": sanity, "sane": sane}
+    about["sha256"] = {"best.pt": utils.sha256(run_dir / "best.pt")}
+    utils.write_json(run_dir / "attention.json", about | summary)
+    print_attention(summary, sanity, sane)
+    print(f"wrote attention.csv and attention.json to {run_dir}, and added these figures to failures.csv")
+
+
+# ---- pictures ------------------------------------------------------------------------------------------------
 
 
 def read_image(path):
@@ -265,12 +505,14 @@ def main(argv=None):
         if args.index is None:
             failures = read_failures(run_dir)
             if not failures:
-                for stale in ("gradcam.png", "gradcam.csv"):
+                for stale in ("gradcam.png", "gradcam.csv", "attention.csv", "attention.json"):
                     (run_dir / stale).unlink(missing_ok=True)
                 print(f"{run_dir}/failures.csv is empty: no failures to explain; --index or --image show others")
                 return []
         index = args.index or [row["index"] for row in failures]
-        images, labels = (part[index] for part in load_dataset(dataset, args.data_dir, train=False))
+        test_logits = utils.load_logits(run_dir, "test")[0] if failures else None
+        test_set = load_dataset(dataset, args.data_dir, train=False)
+        images, labels = (part[index] for part in test_set)
 
     inputs = [normalize(batch.to(device)) for batch in images.split(100)]
     probs = utils.predict(model, inputs).softmax(1).cpu()
@@ -329,6 +571,12 @@ def main(argv=None):
         "border is not background,\nand cells as large as layer4's are coarse: --layer layer3 is finer"
     )
     print(f"wrote gradcam.png ({len(shown)} images) and gradcam.csv ({len(rows)}) to {run_dir}")
+    if failures and len(failures) > 1:
+        print(
+            f"\nattention to the border, and what the maps are worth, for all {len(failures)} failures; Ctrl-C keeps the above",
+            flush=True,
+        )
+        measure_attention(model, run_dir, failures, images, preds, test_set, test_logits, names)
     return rows
 
 

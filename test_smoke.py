@@ -591,7 +591,9 @@ def test_metrics_ranking_and_adaptive_bins_by_hand():
     # Five bins of two images; equal width would make ten.
     gaps = [abs(sum(confidence[i : i + 2] - correct[i : i + 2])) / 10 for i in range(0, 10, 2)]
     assert math.isclose(evaluate.adaptive_calibration_error(confidence, correct, 5), sum(gaps))
-    assert math.isclose(evaluate.adaptive_calibration_error(confidence, correct), np.abs(confidence - correct).sum() / 10)
+    assert math.isclose(
+        evaluate.adaptive_calibration_error(confidence, correct), np.abs(confidence - correct).sum() / 10
+    )
 
 
 def test_metrics_errors_by_chance():
@@ -641,6 +643,31 @@ def votes(index, given, guessed, votes_for_given):
     return {"id": int(index), **labels, "mturk": {"given": votes_for_given, "guessed": 5 - votes_for_given}}
 
 
+def test_bad_attention():
+    """attention.json of gradcam.py goes into the verdict only if it is whole and of this best.pt."""
+    run_dir = copy_of_run("attentive", "*.png", "attention.*")
+    assert evaluate.read_attention(run_dir) is None
+    path, figure = run_dir / "attention.json", {"mean": 0.1, "low": 0.0, "high": 0.2}
+    good = {group: dict.fromkeys(keys, figure) for group, keys in evaluate.ATTENTION.items()}
+    good["sha256"] = {"best.pt": utils.sha256(run_dir / "best.pt")}
+    utils.write_json(path, good)
+    assert evaluate.read_attention(run_dir) == good
+    utils.write_json(path, good | {"sha256": {"best.pt": "another"}})
+    report, printed = quietly(evaluate.read_attention, run_dir)
+    assert report is None and "another best.pt" in printed
+    bad = {**good, "matched": {"border_reliance": {"mean": None, "low": 0.0, "high": 0.2}}}
+    for content in (
+        "",
+        "[]",
+        "{}",
+        json.dumps(bad),
+        json.dumps(good).replace("0.1", "NaN"),
+        json.dumps(good | {"failures": 3}),
+    ):
+        path.write_text(content)
+        refused(lambda argv: evaluate.read_attention(run_dir), [], 2, "attention.json", "gradcam.py")
+
+
 def test_chain_label_errors():
     """An audit that doubts known images: what is counted, and what the accuracy is without them."""
     run_dir = copy_of_run("audited", "*.png", "*.pt", "attention.*")
@@ -675,7 +702,13 @@ def test_chain_label_errors():
     ):  # fmt: skip
         path.write_text(content)
         refused(evaluate.main, [run_dir, "--label-errors", path], 2, word)
-    refused(evaluate.main, [run_dir, "--label-errors", scratch() / "none.json"], 2, "cannot be read", "cifar100_mturk.json")
+    refused(
+        evaluate.main,
+        [run_dir, "--label-errors", scratch() / "none.json"],
+        2,
+        "cannot be read",
+        "cifar100_mturk.json",
+    )
 
 
 def test_metrics_ensemble_by_hand():
@@ -854,8 +887,13 @@ def simulated_runs(labels, seeds, rng, better=0.0, sharper=1.0, kin=0.0, luck=1.
     shared = np.random.default_rng(1).normal(scale=0.8, size=(n, 100))
     runs = []
     for seed in seeds:
-        signal, scale = 3.6 + better + luck * 0.04 * rng.normal(), 3.0 * sharper * math.exp(luck * 0.03 * rng.normal())
-        logits = scale * ((signal + ease) * hot + kin * relatives + shared + rng.normal(scale=0.6 * luck, size=(n, 100)))
+        signal, scale = (
+            3.6 + better + luck * 0.04 * rng.normal(),
+            3.0 * sharper * math.exp(luck * 0.03 * rng.normal()),
+        )
+        logits = scale * (
+            (signal + ease) * hot + kin * relatives + shared + rng.normal(scale=0.6 * luck, size=(n, 100))
+        )
         scores, scaled = (evaluate.image_scores(z, labels) for z in (logits, logits / sharper / 2))
         runs.append({"seed": seed, "scores": scores, "scaled": scaled, "attention": None})
     return runs
@@ -880,8 +918,12 @@ def test_verdict_is_right_on_simulated_runs():
     assert all(words[MOSTLY] == "contradicted" for words in null)
     for seed in range(2):
         blunt = simulated_words(1000, (1, 2, 3), seed, {"sharper": 0.7}, kin=2.0, sharper=2.0)
-        assert (blunt[SURE], blunt[ECE], blunt[KIN]) == ("supported",) * 3, blunt  # the baselines are far too confident
-        assert blunt[SURE_SCALED] == blunt[COVERED] == blunt[AURC] == "not decided", blunt  # only the scale has changed
+        assert (blunt[SURE], blunt[ECE], blunt[KIN]) == ("supported",) * 3, (
+            blunt
+        )  # the baselines are far too confident
+        assert blunt[SURE_SCALED] == blunt[COVERED] == blunt[AURC] == "not decided", (
+            blunt
+        )  # only the scale has changed
         worse = simulated_words(1000, (1, 2, 3), seed, {"better": -1.0})
         assert worse[SAME] == worse[AURC] == "contradicted", worse
 
@@ -1036,6 +1078,170 @@ def test_gradcam_border_energy():
     assert gradcam.border_energy(maps)[0] > 0.4375
 
 
+def test_gradcam_spearman_by_hand():
+    rows = np.array([[1, 2, 3, 4], [1, 2, 2, 9], [5, 5, 5, 5]], float)
+    others = np.array([[10, 30, 20, 40], [4, 3, 1, 2], [1, 2, 3, 4]], float)
+    # ranks 1 2.5 2.5 4 and 4 3 1 2: covariance (-1.5 * 1.5 + 0 + 0 + 1.5 * -0.5) / sqrt(4.5 * 5)
+    assert np.allclose(gradcam.spearman(rows, others)[:2], [0.8, -3 / math.sqrt(4.5 * 5)])
+    assert np.isnan(gradcam.spearman(rows, others)[2])
+
+
+def test_gradcam_matches_by_hand():
+    """The nearest, each once, in the order of the failures; no more than there are."""
+    assert gradcam.match_on_confidence([0.95, 0.94, 0.91], np.array([0.5, 0.92, 0.949, 0.99])).tolist() == [2, 1, 3]
+    assert gradcam.match_on_confidence([0.95, 0.94, 0.91], np.array([0.93])).tolist() == [0]
+
+
+class Corner(torch.nn.Module):
+    """A network that can be worked out: the logit of class 0 is the sum of the red channel over the top left 8x8 pixels."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer3, self.weight = torch.nn.AvgPool2d(4), torch.nn.Parameter(torch.ones(1))
+
+    def forward(self, x):
+        score = 0.1 * self.weight * self.layer3(x)[:, 0, :2, :2].sum((1, 2)) * 16
+        return torch.stack([score, torch.zeros_like(score)], 1)
+
+
+def test_gradcam_occlusion_and_insertion_on_a_known_network():
+    """Red 1 everywhere: the logit is 6.4; the border holds 48 of the 64 pixels that count, the centre square 9 (5..7)."""
+    model, images, classes = Corner(), torch.ones(2, 3, 32, 32), torch.tensor([0, 0])
+    p = lambda pixels: 1 / (1 + math.exp(-0.1 * pixels))  # noqa: E731
+    intact = gradcam.probability(model, images, classes)
+    assert np.allclose(intact, p(64)) and intact.dtype == torch.float64
+    border, centre = gradcam.occlusion_drops(model, images, classes, intact)
+    assert np.allclose(border, p(64) - p(16)) and np.allclose(centre, p(64) - p(55))
+    # A map that knows the corner deletes all of it in the first of 16 steps; one that ranks it last, in the last.
+    maps = torch.zeros(2, 32, 32)
+    maps[0, :8, :8], maps[1, :8, :8] = 1, -1
+    with replaced(gradcam, "blur", torch.zeros_like):
+        ends = [gradcam.probability(model, x, classes) for x in (images, images * 0, images * 0)]
+        good, bad = gradcam.insertion_minus_deletion(model, images, classes, maps, *ends).tolist()
+    first, last = (p(64) + p(0)) / 2, (p(64) + p(0)) / 2
+    deleted_first, deleted_last = (first + 15 * p(0)) / 16, (last + 15 * p(64)) / 16
+    assert math.isclose(good, deleted_last - deleted_first, rel_tol=1e-6) and math.isclose(bad, -good, rel_tol=1e-6)
+
+
+def test_gradcam_insertion_against_a_loop():
+    """Pixel by pixel, in the order of the map, on a real network and image; no ties."""
+    model, images = trained_like()
+    images, classes = images[:2], torch.tensor([3, 5])
+    maps = torch.rand(2, 32, 32, generator=torch.Generator().manual_seed(4))
+    blank, start = torch.zeros_like(images), gradcam.blur(images)
+    assert start.std() < 0.5 * images.std() and start.shape == images.shape
+    ends = [gradcam.probability(model, x, classes) for x in (images, blank, start)]
+    areas = gradcam.insertion_minus_deletion(model, images, classes, maps, *ends)
+    for k in range(2):
+        pixels = sorted(((maps[k, i, j].item(), i, j) for i in range(32) for j in range(32)), reverse=True)
+        area = 0
+        for canvas, source, sign in ((images[k].clone(), blank[k], -1), (start[k].clone(), images[k], 1)):
+            curve = []
+            for step in range(17):
+                with torch.no_grad():
+                    curve.append(model.eval()(canvas[None]).double().softmax(1)[0, classes[k]].item())
+                for _, i, j in pixels[64 * step : 64 * step + 64]:
+                    canvas[:, i, j] = source[:, i, j]
+            area += sign * (sum(curve) - curve[0] / 2 - curve[16] / 2) / 16
+        assert math.isclose(areas[k].item(), area, abs_tol=1e-6), (areas[k], area)
+
+
+def test_gradcam_sanity_checks_tell_a_map_that_ignores_the_network():
+    model, images = trained_like()
+    images, classes = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(0)), torch.arange(8)
+    before = torch.random.get_rng_state()
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    sanity = gradcam.sanity_checks(model, images, classes)
+    assert list(sanity) == ["random_logit", "fc", "layer4", "layer3", "layer2", "layer1", "stem"]
+    assert all(abs(value) < gradcam.SANITY_LIMIT for value in sanity.values()), sanity
+    assert torch.equal(before, torch.random.get_rng_state())  # its random networks leave the generator alone
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
+    edges = lambda model, images, targets, layer: F.avg_pool2d(images.abs().mean(1), 4)  # noqa: E731
+    with replaced(gradcam, "grad_cam", edges):
+        sanity = gradcam.sanity_checks(model, images, classes)
+    assert all(math.isclose(value, 1) for value in sanity.values()), sanity
+    printed = quietly(gradcam.print_attention, {}, sanity, False)[1]
+    assert "supports no claim" in printed
+    assert "supports no claim" not in quietly(gradcam.print_attention, {}, sanity, True)[1]
+
+
+def test_chain_attention():
+    """attention.csv, .json and failures.csv say the same; the matches are correct, distinct, and as confident."""
+    baseline = chain()[0][0]
+    rows, report = read_csv(baseline / "attention.csv"), json.loads((baseline / "attention.json").read_text())
+    failed, matched = ([row for row in rows if row["group"] == group] for group in ("failure", "matched"))
+    listed = read_csv(baseline / "failures.csv")
+    assert (
+        [row["index"] for row in failed] == [row["index"] for row in listed] == [row["matched_to"] for row in matched]
+    )
+    assert all(own[name] == row[name] for own, row in zip(failed, listed) for name in utils.ATTENTION)
+    logits, labels = np.load(baseline / "test_logits.npy"), np.load(baseline / "test_labels.npy")
+    picked = [int(row["index"]) for row in matched]
+    assert len(set(picked)) == len(picked) == report["images"] and (logits.argmax(1) == labels)[picked].all()
+    distance = [abs(float(own["confidence"]) - float(row["confidence"])) for own, row in zip(failed, matched)]
+    assert np.median(distance) < 0.002 and math.isclose(
+        np.exp(utils.log_softmax(logits))[picked[0]].max(), float(matched[0]["confidence"])
+    )
+    values = {
+        name: [np.array([float(row[name]) for row in some]) for some in (failed, matched)] for name in utils.ATTENTION
+    }
+    for name in ("border_drop", "border_reliance", "insertion_deletion"):
+        (a, b) = values[name]
+        means = [report[group][name]["mean"] for group in ("failures", "matched", "failures_minus_matched")]
+        assert np.allclose(means, [a.mean(), b.mean(), (a - b).mean()]), name
+        figure = report["failures_minus_matched"][name]
+        assert abs((figure["high"] - figure["low"]) / (3.92 * (a - b).std() / math.sqrt(len(a))) - 1) < 0.15
+    difference = values["insertion_deletion"][0] - values["insertion_deletion_other"][0]
+    assert math.isclose(report["failures"]["minus_other"]["mean"], difference.mean())
+    assert (
+        report["failures"]["minus_shuffled"]["low"] > 0
+    )  # a network that has learnt: its maps are better than shuffled ones
+    assert np.allclose(values["border_reliance"][0], values["border_drop"][0] - values["centre_drop"][0])
+    assert evaluate.read_attention(baseline) == report and report["sane"]
+    # the first failure, by itself and by hand
+    model = resnet18(width=16)
+    model.load_state_dict(utils.load_checkpoint(baseline / "best.pt")["model"])
+    images, _ = data.load_synthetic(train=False)
+    image, target = (
+        data.normalize(images[[int(failed[0]["index"])]]),
+        torch.tensor(logits[[int(failed[0]["index"])]].argmax(1)),
+    )
+    hidden = image.clone()
+    hidden[..., :4, :] = hidden[..., -4:, :] = hidden[..., :, :4] = hidden[..., :, -4:] = 0
+    with torch.no_grad():
+        p, q = model.eval()(torch.cat([image, hidden])).softmax(1)[:, target].flatten().tolist()
+    assert math.isclose(p - q, float(failed[0]["border_drop"]), abs_tol=1e-5)
+    energy = gradcam.border_energy(gradcam.grad_cam(model, image, target, "layer3")).item()
+    assert math.isclose(energy, float(failed[0]["border_energy"]), abs_tol=1e-5)
+
+
+def test_chain_attention_can_be_interrupted():
+    run_dir = copy_of_run("impatient", "gradcam.*", "attention.*")
+    before = (run_dir / "failures.csv").read_bytes()
+
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    with replaced(gradcam, "occlusion_drops", interrupt):
+        try:
+            quietly(gradcam.main, [str(run_dir), "--device", "cpu"])
+        except KeyboardInterrupt:
+            pass
+        else:
+            raise AssertionError("no attention figures were computed")
+    assert (run_dir / "gradcam.png").exists() and (run_dir / "gradcam.csv").exists()
+    assert not (run_dir / "attention.csv").exists() and (run_dir / "failures.csv").read_bytes() == before
+    printed = quietly(gradcam.main, [str(run_dir), "--device", "cpu", "--index", "3", "5"])[1]
+    assert "attention" not in printed and not (run_dir / "attention.json").exists()
+    # the same list of failures keeps the figures, another one drops them
+    run_dir = copy_of_run("attended")
+    with replaced(utils, "save_figure", lambda figure, path: None):
+        rows = quietly(failures.main, [str(run_dir), "--threshold", "0.5"])[0]
+        assert float(rows[0]["border_drop"]) == float(read_csv(chain()[0][0] / "failures.csv")[0]["border_drop"])
+        rows = quietly(failures.main, [str(run_dir), "--threshold", "0.6"])[0]
+        assert "border_drop" not in rows[0] and not (run_dir / "attention.csv").exists()
+
+
 def test_gradcam_reads_any_image():
     from PIL import Image
 
@@ -1079,7 +1285,13 @@ def test_chain_learns_and_writes_everything():
     wanted = "config.json log.csv curves.png last.pt best.pt metrics.json confusion.npy confusion.png per_class.csv per_class.png reliability.png superclasses.csv label_errors.csv"
     for name in (*wanted.split(), *evaluate.ARRAYS):
         assert (baseline / name).exists() and (smoothed / name).exists(), name
-    for name in ("comparison.json", "comparison_reliability.png", "comparison_risk_coverage.png", "verdict.json", "verdict.png"):
+    for name in (
+        "comparison.json",
+        "comparison_reliability.png",
+        "comparison_risk_coverage.png",
+        "verdict.json",
+        "verdict.png",
+    ):
         assert (smoothed / name).exists(), name
     for name in ("failures.csv", "failures.png", "gradcam.csv", "gradcam.png"):
         assert (baseline / name).exists(), name
@@ -1134,7 +1346,9 @@ def seeds_of_chain():
     for source in chain()[0]:
         for seed in (42, 43):
             run_dir = scratch() / f"{source.name}-seed{seed}"
-            shutil.copytree(source, run_dir, ignore=shutil.ignore_patterns("*.png", "*.pt", "metrics.json", "attention*"))
+            shutil.copytree(
+                source, run_dir, ignore=shutil.ignore_patterns("*.png", "*.pt", "metrics.json", "attention*")
+            )
             config = json.loads((run_dir / "config.json").read_text())
             config["args"] |= {"seed": seed, "width": 16, "limit": None}
             utils.write_json(run_dir / "config.json", config)
@@ -1215,14 +1429,19 @@ def test_chain_failures_over_the_seeds():
     with replaced(utils, "save_figure", lambda figure, path: None):
         flags = ["--threshold", "0.5", "--compare", *others, "--control", control, third]
         rows, printed = quietly(failures.main, list(map(str, [first, *flags])))
-    columns = "other_confidence other2_confidence control_confidence control2_confidence over_seeds label_doubted".split()
+    columns = (
+        "other_confidence other2_confidence control_confidence control2_confidence over_seeds label_doubted".split()
+    )
     assert set(columns) <= set(rows[0]) and len(rows) > 20 and "with 2 control runs" in printed
     for row in rows:
         outcomes = {row["control_outcome"], row["control2_outcome"]}
         word = "stable" if outcomes == {"same wrong class"} else "luck" if outcomes == {"repaired"} else "mixed"
         assert row["over_seeds"] == word and (row["control2_outcome"] == "repaired") == (row["index"] in wrong[::2])
     assert {row["over_seeds"] for row in rows} >= {"stable", "mixed"}
-    means = [np.mean([(row[f"{name}_confidence"] + row[f"{name}2_confidence"]) / 2 for row in rows]) for name in ("other", "control")]
+    means = [
+        np.mean([(row[f"{name}_confidence"] + row[f"{name}2_confidence"]) / 2 for row in rows])
+        for name in ("other", "control")
+    ]
     assert f"other - control   {100 * (means[0] - means[1]):+.1f} points" in printed, printed
     doubted = {row["index"]: row["suggested"] for row in read_csv(first / "label_errors.csv")}
     assert all(row["label_suggested"] == doubted.get(str(row["index"]), "") for row in rows)
