@@ -720,11 +720,14 @@ def verdict(baselines, changed, labels):
     print_verdict(rows)
     print(
         "  scaled: after temperature scaling of each run. control: what the figure would be without the effect, or how far\n"
-        "  luck alone moves it; verdict.json says which.\n"
-        "  Each row stands for itself: of twenty claims that are all wrong, one is expected to be called supported."
+        "  luck alone moves it; verdict.json says which. Intervals: the choice of test images and the luck of training."
     )
-    arms = dict(zip(("baselines", "changed"), ([str(run["dir"]) for run in arm] for arm in (baselines, changed))))
-    utils.write_json(folder / "verdict.json", arms | {"claims": rows})
+    attended = sum(run["attention"] is not None for run in baselines)
+    if 0 < attended < len(baselines):
+        print(f"  The border: in {attended} of {len(baselines)} baselines; gradcam.py has not been through the others.")
+    content = dict(zip(("baselines", "changed"), ([str(run["dir"]) for run in arm] for arm in (baselines, changed))))
+    content["baselines_with_attention"] = attended
+    utils.write_json(folder / "verdict.json", content | {"claims": rows})
     draw_verdict(folder / "verdict.png", rows, f"from {names[0]}\nto {names[1]}")
     print(f"  wrote verdict.json and verdict.png to {folder}")
     return rows
