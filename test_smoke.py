@@ -120,7 +120,7 @@ def chain():
     for run_dir, others in zip(runs, (["--width", "16"], ["--width", "8", "--smoothing", "0.1", "--limit", "2000"])):
         printed.append(quietly(train.main, [*flags, *others, "--output-dir", str(run_dir)])[1])
     printed.append(quietly(evaluate.main, [*map(str, runs), "--device", "cpu"])[1])
-    printed.append(quietly(failures.main, [str(runs[0]), "--compare", str(runs[1]), "--threshold", "0.5"])[1])
+    printed.append(quietly(failures.main, [str(runs[0]), "--compare", str(runs[1]), "--threshold", "0.75"])[1])
     printed.append(quietly(gradcam.main, [str(runs[0]), "--device", "cpu"])[1])
     return runs, printed
 
@@ -1236,7 +1236,7 @@ def test_chain_attention_can_be_interrupted():
     # the same list of failures keeps the figures, another one drops them
     run_dir = copy_of_run("attended")
     with replaced(utils, "save_figure", lambda figure, path: None):
-        rows = quietly(failures.main, [str(run_dir), "--threshold", "0.5"])[0]
+        rows = quietly(failures.main, [str(run_dir), "--threshold", "0.75"])[0]
         assert float(rows[0]["border_drop"]) == float(read_csv(chain()[0][0] / "failures.csv")[0]["border_drop"])
         rows = quietly(failures.main, [str(run_dir), "--threshold", "0.6"])[0]
         assert "border_drop" not in rows[0] and not (run_dir / "attention.csv").exists()
@@ -1394,11 +1394,10 @@ def test_chain_verdict():
     texts = [text.get_text() for text in figure.axes[0].texts]
     assert all(row["claim"] in texts for row in verdict["claims"])
     assert texts.count("not decided") == sum(row["word"] == "not decided" for row in verdict["claims"])
-    with replaced(utils, "save_figure", lambda figure, path: None):
-        copy = runs[0].with_name("again")
-        shutil.copytree(runs[0], copy, dirs_exist_ok=True)
-        printed = quietly(evaluate.main, [*map(str, runs), str(copy)])[1]
-    assert f"{copy} repeats the seed 42" in printed and json.loads((runs[2] / "verdict.json").read_text()) == verdict
+    configs = [{"dir": run, "seed": seed, "config": json.loads((run / "config.json").read_text())}
+               for run, seed in zip([*runs, runs[0]], (42, 43, 42, 43, 42))]  # fmt: skip
+    arms, printed = quietly(evaluate.by_recipe, configs)
+    assert arms == [configs[:2], configs[2:4]] and f"{runs[0]} repeats the seed 42" in printed
 
 
 def test_chain_ensemble():
@@ -1497,7 +1496,7 @@ def test_chain_failures():
     )
     other = np.load(smoothed / "test_logits.npy").argmax(1)
     expected = sorted(
-        (-probs[i].max(), i) for i in range(10_000) if probs[i].argmax() != labels[i] and probs[i].max() > 0.5
+        (-probs[i].max(), i) for i in range(10_000) if probs[i].argmax() != labels[i] and probs[i].max() > 0.75
     )
     assert [int(row["index"]) for row in rows] == [i for _, i in expected] and len(rows) > 10
     for row in rows[:20]:
@@ -1516,7 +1515,7 @@ def test_chain_failures():
         assert int(row["same_superclass"]) == (data.SUPERCLASS_OF[labels[i]] == data.SUPERCLASS_OF[probs[i].argmax()])
     assert "such images" in printed[3] and "repaired" in printed[3] and "naive difference" in printed[3]
     assert sum(row["representative"] == "1" for row in rows) == 3 and rows[0]["representative"] == "1"
-    assert f"{len(rows):,} SYNTHETIC data test images that are wrong with confidence above 0.5" in printed[3]
+    assert f"{len(rows):,} SYNTHETIC data test images that are wrong with confidence above 0.75" in printed[3]
 
 
 def test_chain_failures_representative_rule():
