@@ -64,7 +64,7 @@ def write_array(path, array):
 
 
 def logits_are_current(run_dir):
-    """Whether the saved logits can stand: metrics.json says that they came from best.pt, or there is no best.pt."""
+    """Whether the saved logits can stand: they came from best.pt, by metrics.json, or there is no best.pt."""
     if not all((run_dir / name).exists() for name in ARRAYS):
         return False
     if not (run_dir / "best.pt").exists():
@@ -81,9 +81,9 @@ def logits_are_current(run_dir):
 def image_scores(logits, labels):
     """What is known of each image, as a dict of (N,) arrays; the mean of most of them is a metric.
 
-    probs ((N, C), their softmax), pred, confidence (largest probability), correct, top5, nll (nats), brier (sum over classes of (p -
-    target)^2, in [0, 2]), superclass (right, or the error stays in the superclass), within (wrong, but in the
-    superclass).
+    probs ((N, C), their softmax), pred, confidence (largest probability), correct, top5, nll (nats), brier
+    (sum over classes of (p - target)^2, in [0, 2]), superclass (right, or the error stays in the
+    superclass), within (wrong, but in the superclass).
     """
     log_probs = log_softmax(logits)
     probs = np.exp(log_probs)
@@ -147,7 +147,7 @@ def null_calibration_error(confidence, draws=1000, seed=0):
 
 
 def risk_coverage(confidence, correct):
-    """Error rates (N,) in [0, 1] among the 1, 2, ... N most confident images; their mean is the AURC, lower is better.
+    """Error rates (N,) among the 1, 2, ... N most confident images; their mean is the AURC, lower is better.
 
     Geifman, Uziel, El-Yaniv, arXiv:1805.08206. Images of equal confidence share their error rate, which is
     the mean over all orders of the tied images.
@@ -158,7 +158,7 @@ def risk_coverage(confidence, correct):
 
 
 def best_aurc(error_rate):
-    """AURC of a perfect ranking, every error below every correct image: r + (1 - r) ln(1 - r), as of many images.
+    """AURC of a perfect ranking, every error below every correct image: r + (1 - r) ln(1 - r).
 
     AURC minus this is E-AURC: what the ranking adds to the errors themselves.
     """
@@ -167,7 +167,7 @@ def best_aurc(error_rate):
 
 
 def failure_auroc(confidence, correct):
-    """P(a correct image is more confident than a wrong one), ties counting half; None without errors or without hits."""
+    """P(a correct image is more confident than a wrong one), ties half; None without errors or hits."""
     hits, errors = int(correct.sum()), int((~correct).sum())
     if not hits or not errors:
         return None
@@ -179,8 +179,8 @@ def failure_auroc(confidence, correct):
 def resample(labels, resamples=2000, seed=0):
     """Yield blocks (100, N) float32: how often each test image is drawn in each of 100 bootstrap resamples.
 
-    The test set has 100 images of every class by design, so each class is redrawn from its own images. The same
-    seed gives the same resamples: that is what pairs two runs.
+    The test set has 100 images of every class by design, so each class is redrawn from its own images. The
+    same seed gives the same resamples: that is what pairs two runs.
     """
     rng = np.random.default_rng(seed)
     by_class = np.argsort(labels, kind="stable")
@@ -262,7 +262,7 @@ def interval(values):
 
 
 def confidence_metrics(scores):
-    """Calibration of the confidence, and how well it ranks the errors: of image_scores, as trained or scaled."""
+    """Calibration of the confidence in image_scores, and how well it ranks the errors."""
     confidence, correct = scores["confidence"], scores["correct"]
     risk = risk_coverage(confidence, correct)
     return {
@@ -282,7 +282,7 @@ def confidence_metrics(scores):
 
 
 def describe(scores, scaled, labels):
-    """metrics.json but for the temperature and sha256, of image_scores as trained and after temperature scaling."""
+    """metrics.json but for temperature and sha256, of image_scores as trained and temperature-scaled."""
     wrong = ~scores["correct"]
     precision, recall, f1 = utils.macro_scores(confusion_matrix(labels, scores["pred"], NUM_CLASSES))
     inside, errors = permuted_errors(labels[wrong], scores["pred"][wrong])
@@ -324,9 +324,9 @@ def compute_metrics(logits, labels, val_logits, val_labels):
 def permuted_errors(labels, preds, permutations=1000, seed=0):
     """What errors by chance would look like: the wrong predictions dealt out anew among the wrong images.
 
-    labels, preds: (E,) of the errors. Keeps how often each class is mistaken and how often it is wrongly named.
-    A permuted prediction that happens to be right is no error and left out. Returns (permutations, 20) counts by
-    true superclass: errors inside it, and errors.
+    labels, preds: (E,) of the errors. Keeps how often each class is mistaken and how often it is wrongly
+    named. A permuted prediction that happens to be right is no error and left out. Returns (permutations,
+    20) counts by true superclass: errors inside it, and errors.
     """
     rng = np.random.default_rng(seed)
     own = SUPERCLASS_OF[labels]
@@ -361,10 +361,11 @@ def superclass_rows(labels, preds):
 def label_candidates(probs, labels):
     """Images whose label confident learning doubts: (indices, suggested labels), the most doubtful first.
 
-    Northcutt, Jiang, Chuang, arXiv:1911.00068. probs: (N, C) out of sample, best after temperature scaling. With
-    t_k the mean probability of class k on the images labelled k, an image belongs to the likeliest of the classes
-    with p_k >= t_k; where that is not its label, it is a candidate, ranked by p_label - max p_other. On this test
-    set about one candidate in four is a real label error (Northcutt et al., arXiv:2103.14749).
+    Northcutt, Jiang, Chuang, arXiv:1911.00068. probs: (N, C) out of sample, best after temperature scaling.
+    With t_k the mean probability of class k on the images labelled k, an image belongs to the likeliest of
+    the classes with p_k >= t_k; where that is not its label, it is a candidate, ranked by p_label - max
+    p_other. On this test set about one candidate in four is a real label error (Northcutt et al.,
+    arXiv:2103.14749).
     """
     rows = np.arange(len(labels))
     own = probs[rows, labels]
@@ -380,11 +381,11 @@ def label_candidates(probs, labels):
 
 
 def read_label_errors(path):
-    """People's votes on the labels of test images: {"index", "given", "guessed", "votes"}, (M,) integers each.
+    """People's votes on the labels of M test images: {"index", "given", "guessed", "votes": (M,) integers}.
 
-    path: cifar100_mturk.json of github.com/cleanlab/label-errors (Apache-2.0), Northcutt et al., arXiv:2103.14749: a
-    list of {id, given_original_label, our_guessed_label, mturk: {given, guessed, neither, both}}, five votes per image.
-    Raises ScriptError for anything else.
+    path: cifar100_mturk.json of github.com/cleanlab/label-errors (Apache-2.0), Northcutt et al.,
+    arXiv:2103.14749: a list of {id, given_original_label, our_guessed_label, mturk: {given, guessed,
+    neither, both}}, five votes per image. Raises ScriptError for anything else.
     """
     expected = "cifar100_mturk.json of github.com/cleanlab/label-errors is wanted"
     try:
@@ -413,8 +414,8 @@ LABEL_ERROR_COLUMNS = "index,given,suggested,given_probability,suggested_probabi
 def label_noise(run_dir, scores, scaled, labels, names, audit):
     """Write label_errors.csv; print and return how many of the confident failures may be the label's fault.
 
-    audit: of read_label_errors, whose images count where fewer than 3 of 5 people voted for the given label; None takes
-    the candidates of confident learning.
+    audit: of read_label_errors, whose images count where fewer than 3 of 5 people voted for the given
+    label; None takes the candidates of confident learning.
     """
     probs, candidates = scaled["probs"], label_candidates(scaled["probs"], labels)
     index, suggested = candidates
@@ -456,11 +457,11 @@ def label_noise(run_dir, scores, scaled, labels, names, audit):
 
 
 def ensemble_uncertainty(probs):
-    """(mean probs (N, C), {name: (N,)}) of a deep ensemble with probs (R, N, C): what its members disagree on.
+    """(mean probs (N, C), {name: (N,)}) of a deep ensemble with probs (R, N, C).
 
-    predictive_entropy: of the mean probability, in nats. mutual_information: that minus the members' mean entropy; 0
-    where all say the same. disagreement: share of the pairs of members that predict different classes.
-    Lakshminarayanan et al., arXiv:1612.01474; Depeweg et al., arXiv:1710.07283.
+    predictive_entropy: of the mean probability, in nats. mutual_information: that minus the members' mean
+    entropy; 0 where all say the same. disagreement: share of the pairs of members that predict different
+    classes. Lakshminarayanan et al., arXiv:1612.01474; Depeweg et al., arXiv:1710.07283.
     """
 
     def entropy(p):
@@ -478,10 +479,10 @@ def ensemble_uncertainty(probs):
 
 
 def evaluate_ensemble(runs, labels, names):
-    """Metrics of the mean probability of all runs, printed with what tells its errors best; writes ensemble.csv.
+    """Metrics of the mean probability of all runs; writes ensemble.csv and ensemble.json.
 
-    After temperature scaling: the mean of the scaled probabilities. A temperature of the ensemble's own would need
-    validation images that no member was trained on, and another seed has others.
+    After temperature scaling: the mean of the scaled probabilities. A temperature of the ensemble's own
+    would need validation images that no member was trained on, and another seed has others.
     """
     folder = runs[0]["dir"]
     kinds = []
@@ -516,10 +517,10 @@ FEWEST = 20  # confident failures of the baselines, below which nothing is said 
 def claim_measures(baselines):
     """measure(run, labels, counts) for bootstrap(): what the claims need of each run.
 
-    on_failures: mean confidence on the confident failures of the baselines of other seeds. Failures picked for their
-    confidence in one run look better in any other, so no run is asked about its own, if there is another baseline.
-    own_failures: on its own. at_coverage: error rate among a run's most confident images, as many as the baselines have
-    above 0.90 on average.
+    on_failures: mean confidence on the confident failures of the baselines of other seeds. Failures picked
+    for their confidence in one run look better in any other, so no run is asked about its own, if there is
+    another baseline. own_failures: on its own. at_coverage: error rate among a run's most confident images,
+    as many as the baselines have above 0.90 on average.
     """
     coverage = max(np.mean([(run["scores"]["confidence"] > 0.9).mean() for run in baselines]), 1e-4)
 
@@ -549,9 +550,9 @@ def claim_measures(baselines):
 def luck(figure, draws, error, degrees):
     """Draws of a figure that cover the choice of test images and the luck of the training runs.
 
-    draws: its bootstrap values over test images. error: its standard error over training runs, estimated with so
-    many degrees of freedom: hence a Student t; 0 if there is one run of each. Images on which runs differ by luck
-    are in both parts, so intervals are rather too wide than too narrow.
+    draws: its bootstrap values over test images. error: its standard error over training runs, estimated
+    with so many degrees of freedom: hence a Student t; 0 if there is one run of each. Images on which runs
+    differ by luck are in both parts, so intervals are rather too wide than too narrow.
     """
     rng = np.random.default_rng(0)
     draws = figure + rng.choice(draws - draws.mean(), 100_000)
@@ -573,7 +574,7 @@ def decide(ends, side, reference):
 
 
 def claim(text, figure, ends, side, reference, control, control_value, note=""):
-    """One row of the verdict. figure says what the claim is about; a note stands where it could not be decided."""
+    """One row of the verdict; a note says why it could not be decided."""
     known = ends is not None and not np.isnan(ends).any()
     figure, control_value = (None if x is None or np.isnan(x) else float(x) for x in (figure, control_value))
     row = {"claim": text, "figure": figure, "ci95": [float(end) for end in ends] if known else None}
@@ -585,8 +586,8 @@ def claim(text, figure, ends, side, reference, control, control_value, note=""):
 def judge(baselines, changed, labels):
     """The claims of the study, measured: the rows of verdict.json.
 
-    baselines, changed: the runs of two recipes, as dicts of scores and scaled (image_scores), seed, and attention
-    (attention.json of gradcam.py, or None).
+    baselines, changed: the runs of two recipes, as dicts of scores and scaled (image_scores), seed, and
+    attention (attention.json of gradcam.py, or None).
     """
     runs, degrees = baselines + changed, len(baselines) + len(changed) - 2
     measure, once = claim_measures(baselines), np.ones((1, len(labels)), np.float32)
@@ -709,7 +710,7 @@ def print_verdict(rows):
 
 
 def verdict(baselines, changed, labels):
-    """Print the claims about the step from one recipe to another; write verdict.json and verdict.png to the second."""
+    """Print the claims about the step from one recipe to another; verdict.json and .png go to the second."""
     folder = changed[0]["dir"]
     names = [
         f"{arm[0]['dir'].name} (seed{'s' * (len(arm) > 1)} {', '.join(str(run['seed']) for run in arm)})"
@@ -724,7 +725,9 @@ def verdict(baselines, changed, labels):
     )
     attended = sum(run["attention"] is not None for run in baselines)
     if 0 < attended < len(baselines):
-        print(f"  The border: in {attended} of {len(baselines)} baselines; gradcam.py has not been through the others.")
+        print(
+            f"  The border: in {attended} of {len(baselines)} baselines; gradcam.py has not been through the others."
+        )
     content = dict(zip(("baselines", "changed"), ([str(run["dir"]) for run in arm] for arm in (baselines, changed))))
     content["baselines_with_attention"] = attended
     utils.write_json(folder / "verdict.json", content | {"claims": rows})
@@ -826,7 +829,7 @@ def draw_per_class(path, rows, title):
 
 
 def draw_reliability(path, runs, title):
-    """Accuracy against confidence in 15 bins, as trained and after temperature scaling, above the number of images."""
+    """Accuracy against confidence in 15 bins, above the images in each; as trained and temperature-scaled."""
     figure, axes = utils.new_figure(11 * len(runs), 6.5, 2, 2 * len(runs), sharex=True, height_ratios=[3, 1])
     panels = []
     for run in runs:
@@ -857,7 +860,7 @@ def draw_reliability(path, runs, title):
 
 
 def draw_risk_coverage(path, runs, title):
-    """Error rate among the most confident images against their share: the ranking, whatever the calibration."""
+    """Error rate among the most confident images against their share, of two runs."""
     figure, axes = utils.new_figure(8, 5.5)
     for run, color in zip(runs, (utils.BLUE, utils.VERMILION)):
         for kind, style, label in (("scores", "-", "as trained"), ("scaled", ":", "after temperature scaling")):
@@ -877,7 +880,7 @@ WORD_COLORS = {"supported": utils.BLUE, "contradicted": utils.VERMILION, "not de
 
 
 def draw_verdict(path, rows, title):
-    """One line per claim: words, interval on the row's own scale with the claimed side shaded, figure, control, verdict."""
+    """One line per claim, its interval on a scale of its own; rows: of judge()."""
     figure, axes = utils.new_figure(13.3, 1.6 + 0.48 * len(rows))
     axes.set(xlim=(-4.6, 5.6), ylim=(len(rows) - 0.4, -1.3))
     axes.axis("off")
@@ -961,7 +964,7 @@ def print_tables(results, published):
 
 
 def mean_and_spread(arm):
-    """{name: metrics}: mean and standard deviation over the seeds of one recipe, where there are two or more."""
+    """{name: metrics}: mean and standard deviation over the seeds of one recipe, if it has several."""
     if len(arm) < 2:
         return {}
     keys = [key for key, value in arm[0]["metrics"].items() if isinstance(value, float)]
@@ -1050,10 +1053,12 @@ def read_attention(run_dir):
 
 
 def compare(first, second):
-    """Print and save what changes from the first run to the second, on the same test images; returns the content.
+    """Print and save what changes from the first run to the second, on the same test images; returns the
+    content.
 
-    Every difference has a 95 % interval from 2,000 resamples of the test images, the same ones for both runs. It covers
-    the choice of test images, not the luck of a training run: for that, compare several seeds.
+    Every difference has a 95 % interval from 2,000 resamples of the test images, the same ones for both
+    runs. It covers the choice of test images, not the luck of a training run: for that, compare several
+    seeds.
     """
     labels, first_dir, second_dir = first["labels"], first["dir"], second["dir"]
     only_first, only_second, p = utils.mcnemar(first["scores"]["correct"], second["scores"]["correct"])

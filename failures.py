@@ -7,8 +7,9 @@
 Reads the logits that evaluate.py saved. Writes failures.csv (one row per test image that is wrong with
 confidence above 0.90, most confident first) and failures.png into the run directory; gradcam.py reads
 failures.csv and adds its attention figures. The columns: what the run says; label_doubted, by evaluate.py's
-label_errors.csv; for each run of --compare (other_, other2_...) and --control (control_, control2_...) what it
-says to the same image; over_seeds: stable if all control runs make the same mistake, luck if none of them is wrong.
+label_errors.csv; for each run of --compare (other_, other2_...) and --control (control_, control2_...) what
+it says to the same image; over_seeds: stable if all control runs make the same mistake, luck if none of
+them is wrong.
 """
 
 import csv
@@ -26,14 +27,14 @@ OUTCOMES = ("repaired", "same wrong class", "new wrong class")
 
 
 def find_failures(probs, labels, threshold):
-    """Indices of the images that are wrong with confidence above threshold: most confident first, then by index."""
+    """Indices of the images that are wrong with confidence above threshold, the most confident first."""
     preds, confidence = probs.argmax(1), probs.max(1)
     wrong = np.flatnonzero((preds != labels) & (confidence > threshold))
     return wrong[np.argsort(-confidence[wrong], kind="stable")]
 
 
 def representative(failures, preds, labels, count):
-    """`count` of the failures, evenly spread from the most to the least confident, at most one per pair of classes.
+    """`count` of the failures, evenly spread over the ranks, at most one per pair of classes.
 
     For 3: the most confident, the median, the nearest to the threshold. A rank whose pair of classes is taken
     gives way to the nearest rank that brings a new pair; fewer come back if there are not enough pairs.
@@ -111,7 +112,7 @@ def over_seeds(outcomes):
 
 
 def read_columns(path, keys, failures):
-    """{index: {key: text}} of a csv that another script wrote, for exactly these failures; {} if it has others."""
+    """{index: {key: text}} of a csv of another script; {} if it is none, or lacks one of the failures."""
     try:
         rows = list(csv.DictReader(io.StringIO(path.read_text())))
         found = {int(row["index"]): {key: row[key] for key in keys} for row in rows}

@@ -9,16 +9,17 @@ gradcam.csv (a row per image) into the run directory. From failures.csv, the csv
 picture the representative ones. For all failures, and for correct predictions of the same confidence, it then
 measures what the network attends to: attention.csv, attention.json, and new columns in failures.csv.
 
-Selvaraju et al., arXiv:1610.02391. With A^k the k-th channel of a layer's output and y^c the logit of class c,
+Selvaraju et al., arXiv:1610.02391. With A^k the k-th channel of a layer's output and y^c the logit of class
+c,
 
     alpha_k^c = mean over the cells (i, j) of  d y^c / d A^k_ij
     map^c     = sum over k of  alpha_k^c A^k            and  Grad-CAM = ReLU(map^c)
 
-In a network that ends in mean-pooling and a linear layer, the map of the last layer is the logit itself, spread
-over the cells: its sum plus the bias of class c equals y^c. So the difference of two classes' maps shows exactly
-where the lead of one over the other comes from. In CIFAR's ResNet-18, layer4 has 4x4 cells of 8x8 pixels, and each
-has seen the whole image: read it as a rough direction, never as an outline. --layer layer3 has 8x8 cells, and
-without that identity.
+In a network that ends in mean-pooling and a linear layer, the map of the last layer is the logit itself,
+spread over the cells: its sum plus the bias of class c equals y^c. So the difference of two classes' maps
+shows exactly where the lead of one over the other comes from. In CIFAR's ResNet-18, layer4 has 4x4 cells of
+8x8 pixels, and each has seen the whole image: read it as a rough direction, never as an outline. --layer
+layer3 has 8x8 cells, and without that identity.
 """
 
 import copy
@@ -128,11 +129,12 @@ def blur(images):
 
 
 def insertion_minus_deletion(model, images, classes, maps, intact, blank, blurred):
-    """Area under the insertion curve minus that under the deletion curve, (N,) in [-1, 1]: high for a good map.
+    """Area under the insertion curve minus that under the deletion curve, (N,); high for a good map.
 
-    Petsiuk, Das, Saenko, RISE, arXiv:1806.07421. The pixels, ordered by the upsampled signed map (N, h, w), are
-    replaced by the mean colour (deletion), or put back into the blurred image (insertion), 64 at a time; ties in
-    random order. intact, blank, blurred: the probabilities (N,) of the images at the ends of the curves.
+    Petsiuk, Das, Saenko, RISE, arXiv:1806.07421. The pixels, ordered by the upsampled signed map (N, h, w),
+    are replaced by the mean colour (deletion), or put back into the blurred image (insertion), 64 at a
+    time; ties in random order. intact, blank, blurred: the probabilities (N,) of the images at the ends of
+    the curves.
     """
     values = upsample(maps).flatten(1)
     ties = torch.randperm(values.shape[1], generator=torch.Generator().manual_seed(0)).to(values.device)
@@ -152,9 +154,9 @@ def insertion_minus_deletion(model, images, classes, maps, intact, blank, blurre
 def attention_figures(model, images, classes):
     """The figures of utils.ATTENTION for images (N, 32, 32, 3) uint8 and classes (N,): {name: (N,) float64}.
 
-    The map is that of the class at layer3. Its controls in insertion_deletion: the same map with its cells shuffled, which
-    keeps it as smooth (scattered pixels would destroy any picture faster), and the map of another image, which keeps
-    the habit of looking at the centre.
+    The map is that of the class at layer3. Its controls in insertion_deletion: the same map with its cells
+    shuffled, which keeps it as smooth (scattered pixels would destroy any picture faster), and the map of
+    another image, which keeps the habit of looking at the centre.
     """
     device, rng = next(model.parameters()).device, torch.Generator().manual_seed(0)
     parts = [slice(i, i + 100) for i in range(0, len(images), 100)]
@@ -182,7 +184,7 @@ def attention_figures(model, images, classes):
 
 
 def match_on_confidence(confidence, candidates):
-    """For each of (N,) confidences the position of the nearest of (M,) candidates, each taken once: (min(N, M),)."""
+    """Position of the nearest of (M,) candidates for each confidence (N,), each taken once: (min(N, M),)."""
     left, matches = np.array(candidates, np.float64), []
     for value in confidence[: len(candidates)]:
         matches.append(int(np.abs(left - value).argmin()))
@@ -207,8 +209,8 @@ def sanity_checks(model, images, classes):
     """Mean Spearman correlation of the signed maps with maps that must differ: {what: in [-1, 1]}.
 
     random_logit: of a random other class; near 1, the map does not depend on the class (Sixt et al.,
-    arXiv:1912.09818). fc ... stem: after drawing new weights for that stage and all before it in this list; a map that
-    survives does not show what was learnt (Adebayo et al., arXiv:1810.03292).
+    arXiv:1912.09818). fc ... stem: after drawing new weights for that stage and all before it in this list;
+    a map that survives does not show what was learnt (Adebayo et al., arXiv:1810.03292).
     """
 
     def maps_of(network, targets):
@@ -229,7 +231,7 @@ def sanity_checks(model, images, classes):
 
 
 def mean_interval(values, resamples=2000):
-    """{"mean", "low", "high"} of (N,) values: their mean and its 95 % bootstrap interval; None if there are none."""
+    """{"mean", "low", "high"} of (N,) values: the ends of a 95 % bootstrap interval; None without values."""
     values = values[~np.isnan(values)]
     if not len(values):
         return {"mean": None, "low": None, "high": None}
@@ -240,7 +242,7 @@ def mean_interval(values, resamples=2000):
 
 
 def summarise(figures, n):
-    """attention.json but for what names its origin: means with 95 % intervals, of figures of n failures, then their matches.
+    """Means with 95 % intervals for attention.json: figures (n failures, then their matches) by group.
 
     Differences to the matches are those of the pairs, and differences between maps those of the same image.
     """
@@ -279,20 +281,21 @@ def print_attention(summary, sanity, sane):
     print(f"  sanity, Spearman with maps that must differ: {line}")
     if not sane:
         print(
-            f"  These maps fail: above {SANITY_LIMIT} for a random class or a random network. What is computed from them, border energy\n"
-            "  and insertion - deletion, supports no claim. Border reliance does not use them."
+            f"  These maps fail: above {SANITY_LIMIT} for a random class or a random network. What is computed from them,\n"
+            "  border energy and insertion - deletion, supports no claim. Border reliance does not use them."
         )
     print(
-        "  Border is not background, and a sea or a plain has none. Hidden parts are unlike any training image too, so compare\n"
-        "  only the columns, and a map with its controls."
+        "  Border is not background, and a sea or a plain has none. Hidden parts are unlike any training image, so\n"
+        "  compare only the columns, and a map with its controls."
     )
 
 
 def measure_attention(model, run_dir, failures, images, classes, test_set, logits, names):
     """Measure, print and write attention.csv and attention.json, and add the figures to failures.csv.
 
-    failures: the rows of failures.csv, with images (n, 32, 32, 3) and predicted classes (n,). Each is paired with the correct
-    prediction of the test set (images, labels) whose confidence, by logits (N, 100), is nearest.
+    failures: the rows of failures.csv, with images (n, 32, 32, 3) and predicted classes (n,). Each is
+    paired with the correct prediction of the test set (images, labels) whose confidence, by logits (N,
+    100), is nearest.
     """
     test_images, labels = test_set
     confidence = np.exp(utils.log_softmax(logits)).max(1)
@@ -410,8 +413,8 @@ def read_failures(run_dir):
 def draw(path, rows, images, panels, layer, title):
     """One row of pictures per image: itself, its maps on one scale, and the difference of two maps.
 
-    panels: for each image a list of (class name, probability, raw map (h, w)). Where there are two, the target's and
-    the true class's, their signed difference is the margin map.
+    panels: for each image a list of (class name, probability, raw map (h, w)). Where there are two, the
+    target's and the true class's, their signed difference is the margin map.
     """
     columns = 1 + max(2 * len(maps) - 1 for maps in panels)  # 2 or 4
     figure, grid = utils.new_figure(2.8 * columns + 1.6, 2.75 * len(rows) + 0.9, len(rows), columns, squeeze=False)
