@@ -111,14 +111,13 @@ def over_seeds(outcomes):
     return "luck" if set(outcomes) == {"repaired"} else "mixed"
 
 
-def read_columns(path, keys, failures):
-    """{index: {key: text}} of a csv of another script; {} if it is none, or lacks one of the failures."""
+def read_columns(path, keys):
+    """{index: {key: text}} of a csv that another script wrote; {} if there is none."""
     try:
         rows = list(csv.DictReader(io.StringIO(path.read_text())))
-        found = {int(row["index"]): {key: row[key] for key in keys} for row in rows}
+        return {int(row["index"]): {key: row[key] for key in keys} for row in rows}
     except (OSError, ValueError, KeyError, TypeError, csv.Error):
         return {}
-    return found if set(map(int, failures)) <= set(found) else {}
 
 
 def share(count, of):
@@ -205,7 +204,7 @@ def main(argv=None):
         }
         for i in failures
     ]
-    doubted = read_columns(run_dir / "label_errors.csv", ["suggested", "source"], [])
+    doubted = read_columns(run_dir / "label_errors.csv", ["suggested", "source"])
     for row in rows if (run_dir / "label_errors.csv").exists() else ():
         row["label_doubted"] = doubted[row["index"]]["source"] if row["index"] in doubted else ""
         row["label_suggested"] = doubted[row["index"]]["suggested"] if row["index"] in doubted else ""
@@ -274,7 +273,7 @@ def main(argv=None):
     shown = ("failures.png", "gradcam.png", "gradcam.csv", "attention.csv", "attention.json")
     for stale in shown[:1] if same else shown:
         (run_dir / stale).unlink(missing_ok=True)  # what shows another list of failures
-    attention = read_columns(run_dir / "attention.csv", utils.ATTENTION, failures)
+    attention = read_columns(run_dir / "attention.csv", utils.ATTENTION)
     rows = [row | attention.get(row["index"], {}) for row in rows]
     utils.write_csv(path, rows[0] if rows else COLUMNS, rows)
     if not rows:

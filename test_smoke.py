@@ -712,8 +712,11 @@ def test_chain_label_errors():
 
 
 def test_metrics_ensemble_by_hand():
-    """Two members and two images of three classes: they agree on the first, and are sure of opposite things on the second."""
+    """Three members, two images, three classes: they agree on the first, and are sure of different things on the second."""
     probs = np.array([[[0.5, 0.25, 0.25], [1, 0, 0]], [[0.5, 0.25, 0.25], [0, 1, 0]], [[0.5, 0.25, 0.25], [0, 1, 0]]])
+    unsure = np.array([[[1, 0]], [[0.5, 0.5]]])  # one is sure, one is not: mean entropy ln(2) / 2
+    total = -(0.75 * math.log(0.75) + 0.25 * math.log(0.25))
+    assert np.allclose(evaluate.ensemble_uncertainty(unsure)[1]["mutual_information"], total - math.log(2) / 2)
     mean, uncertainty = evaluate.ensemble_uncertainty(probs)
     assert np.allclose(mean, [[0.5, 0.25, 0.25], [1 / 3, 2 / 3, 0]])
     third = -(math.log(1 / 3) + 2 * math.log(2 / 3)) / 3
@@ -965,6 +968,14 @@ def test_verdict_by_hand():
     confidence = runs[0]["scores"]["confidence"]
     foreign = [confidence[evaluate.confident_failures(run["scores"])] for run in runs[1:]]
     assert math.isclose(value, np.concatenate(foreign).mean(), rel_tol=1e-6)
+    # The control: what another baseline says to a baseline's failures, against what that one says itself.
+    moved = []
+    for run in runs:
+        picked = [evaluate.confident_failures(other["scores"]) for other in runs if other is not run]
+        own = run["scores"]["confidence"][evaluate.confident_failures(run["scores"])]
+        moved.append(np.concatenate([run["scores"]["confidence"][mask] for mask in picked]).mean() - own.mean())
+    row = evaluate.judge(runs, simulated_runs(labels, [1], rng), labels)[SURE]
+    assert math.isclose(row["control_value"], np.mean(moved), rel_tol=1e-5) and row["control_value"] < -0.1
     # Attention: the interval of one report, and the luck of two that differ.
     figure = lambda mean: {"mean": mean, "low": mean - 0.0196, "high": mean + 0.0196}  # noqa: E731
     report = lambda mean: {group: dict.fromkeys(keys, figure(mean)) for group, keys in evaluate.ATTENTION.items()}  # noqa: E731
