@@ -2195,12 +2195,29 @@ def mutations(content, count, rng):
 
 
 def long_test_100_verdicts():
-    """Without an effect, each claim is called supported in at most 5 of 100 simulated studies of two or three seeds."""
-    for seeds in ((1, 2), (1, 2, 3)):
+    """Where a claim is false, it is called supported in at most 5 of 100 simulated studies."""
+    for seeds in ((1, 2), (1, 2, 3)):  # no effect
         null = [simulated_words(1000, seeds, 1000 + seed) for seed in range(100)]
         false = [sum(words[i] == "supported" for words in null) for i in range(SMALL + 1)]
         print(f"  {len(seeds)} seeds: supported without an effect, of 100, by claim: {false}", flush=True)
         assert max(false[SURE:]) <= 5, false
+    rng, false = np.random.default_rng(0), [0, 0, 0]
+    for _ in range(100):
+        # Accuracy falls by the margin itself; luck of three runs each, in points.
+        accuracies = (
+            rng.normal(scale=0.2, size=(2, 3)) + rng.normal(scale=0.1) - np.array([[0.0], [100 * evaluate.MARGIN]])
+        )
+        figure = (accuracies[1].mean() - accuracies[0].mean() + rng.normal(scale=0.2)) / 100
+        error = math.sqrt(accuracies.var(1, ddof=1).mean() * 2 / 3) / 100
+        values = evaluate.luck(figure, rng.normal(scale=0.002, size=2000), error, 4)
+        false[0] += evaluate.decide(np.quantile(values, [0.025, 0.975]), "within", 0) == "supported"
+        # Border and centre matter alike, to failures and to correct predictions.
+        figures = {name: rng.normal(size=150) * rng.random(150) for name in utils.ATTENTION}
+        figures["border_reliance"] = figures["border_drop"] - figures["centre_drop"]
+        for row, claim in enumerate(evaluate.judge_attention([gradcam.summarise(figures, 75)])):
+            false[row + 1] += claim["word"] == "supported"
+    print(f"  accuracy at the margin, and the two of attention: {false}", flush=True)
+    assert max(false) <= 5, false
 
 
 def long_test_500_mutations():
