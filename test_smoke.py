@@ -2204,9 +2204,7 @@ def long_test_100_verdicts():
     rng, false = np.random.default_rng(0), [0, 0, 0]
     for _ in range(100):
         # Accuracy falls by the margin itself; luck of three runs each, in points.
-        accuracies = (
-            rng.normal(scale=0.2, size=(2, 3)) + rng.normal(scale=0.1) - np.array([[0.0], [100 * evaluate.MARGIN]])
-        )
+        accuracies = rng.normal(scale=0.2, size=(2, 3)) - np.array([[0.0], [100 * evaluate.MARGIN]])
         figure = (accuracies[1].mean() - accuracies[0].mean() + rng.normal(scale=0.2)) / 100
         error = math.sqrt(accuracies.var(1, ddof=1).mean() * 2 / 3) / 100
         values = evaluate.luck(figure, rng.normal(scale=0.002, size=2000), error, 4)
