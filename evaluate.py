@@ -1040,7 +1040,7 @@ def read_attention(run_dir):
     report = utils.read_json(path, made_by)
     try:
         figures = [report[g][f][k] for g, fs in ATTENTION.items() for f in fs for k in ("mean", "low", "high")]
-        sound = all(isinstance(value, float) and math.isfinite(value) for value in figures)
+        sound = all(value is None or (isinstance(value, float) and math.isfinite(value)) for value in figures)
         of_other = (run_dir / "best.pt").exists() and report["sha256"]["best.pt"] != utils.sha256(run_dir / "best.pt")
     except (KeyError, TypeError):
         sound = of_other = False
@@ -1049,7 +1049,7 @@ def read_attention(run_dir):
     if of_other:
         utils.warn(f"{path} is of another best.pt and left out; run {made_by} again")
         return None
-    return report
+    return None if None in figures else report  # too few images for an interval
 
 
 def compare(first, second):

@@ -104,11 +104,11 @@ def add_columns(rows, name, probs, failures, preds, labels, names):
         row[f"{name}_true_probability"] = float(probs[i, labels[i]])
 
 
-def over_seeds(outcomes):
+def over_seeds(fates):
     """What the same recipe makes of a failure under other seeds, from its outcomes there."""
-    if set(outcomes) == {"same wrong class"}:
+    if set(fates) == {"same wrong class"}:
         return "stable"
-    return "luck" if set(outcomes) == {"repaired"} else "mixed"
+    return "luck" if set(fates) == {"repaired"} else "mixed"
 
 
 def read_columns(path, keys):
@@ -182,9 +182,11 @@ def main(argv=None):
     utils.check_dataset(run_dir, config["dataset"], args.dataset)
     if args.control and not args.compare:
         parser.error("--control goes with --compare")
-    others = [utils.open_run(folder) for folder in args.compare]
-    controls = [utils.open_run(folder) for folder in args.control]
-    folders = [folder.resolve() for folder, _ in [(run_dir, config), *others, *controls]]
+    others, controls = (  # {"other": ..., "other2": ...}: how their columns begin, folder and config
+        {kind + str(k) * (k > 1): utils.open_run(folder) for k, folder in enumerate(folders, 1)}
+        for kind, folders in (("other", args.compare), ("control", args.control))
+    )
+    folders = [run_dir.resolve(), *(folder.resolve() for folder, _ in (others | controls).values())]
     if len(set(folders)) < len(folders):
         parser.error("RUN, --compare and --control must be different runs")
 
@@ -210,21 +212,17 @@ def main(argv=None):
         row["label_suggested"] = doubted[row["index"]]["suggested"] if row["index"] in doubted else ""
     title = f"{TITLES[config['dataset']]} test images that are wrong with confidence above {args.threshold}"
     print(f"{len(rows):,} {title}, of {(preds != labels).sum():,} wrong ones of {len(labels):,}: {run_dir}")
-    other_probs, control_probs = [], []
-    for kind, runs, found in (("other", others, other_probs), ("control", controls, control_probs)):
-        for number, (folder, its_config) in enumerate(runs, 1):
-            its_probs, its_labels = read_probs(folder)
-            if its_config["dataset"] != config["dataset"] or not np.array_equal(its_labels, labels):
-                raise ScriptError(f"{folder} was evaluated on other images than {run_dir}; compare on one data set")
-            name = f"{kind}{number}" if number > 1 else kind
-            add_columns(rows, name, its_probs, failures, preds, labels, names)
-            found.append(its_probs)
+    all_probs = {}
+    for name, (folder, its_config) in (others | controls).items():
+        all_probs[name], its_labels = read_probs(folder)
+        if its_config["dataset"] != config["dataset"] or not np.array_equal(its_labels, labels):
+            raise ScriptError(f"{folder} was evaluated on other images than {run_dir}; compare on one data set")
+        add_columns(rows, name, all_probs[name], failures, preds, labels, names)
     for row in rows if controls else ():
-        row["over_seeds"] = over_seeds(
-            [value for key, value in row.items() if key.startswith("control") and "outcome" in key]
-        )
+        row["over_seeds"] = over_seeds([row[f"{name}_outcome"] for name in controls])
     correct = preds == labels
-    for number, ((folder, its_config), its_probs) in enumerate(zip(others, other_probs), 1):
+    for name, (folder, its_config) in others.items():
+        its_probs = all_probs[name]
         its_failures = find_failures(its_probs, labels, args.threshold)
         shared = len(np.intersect1d(failures, its_failures))
         print(f"{len(its_failures):,} such images, {shared:,} of them the same: {folder}")
@@ -239,13 +237,12 @@ def main(argv=None):
             continue
         print(f"the {len(rows):,} failures of {run_dir} in {folder}:")
         sure = correct & (confidence > args.threshold)
-        print_fate(
-            rows, f"other{number}" if number > 1 else "other", int((sure & ~its_correct).sum()), int(sure.sum())
-        )
+        print_fate(rows, name, int((sure & ~its_correct).sum()), int(sure.sum()))
         print(f"  naive difference  {mean_interval(its_probs.max(1)[failures] - confidence[failures])}")
     if controls and rows:
-        control = np.mean([its_probs.max(1)[failures] for its_probs in control_probs], 0)
-        other = np.mean([its_probs.max(1)[failures] for its_probs in other_probs], 0)
+        other, control = (
+            np.mean([all_probs[name].max(1)[failures] for name in some], 0) for some in (others, controls)
+        )
         print(f"with {len(controls)} control run{'s' * (len(controls) > 1)}:")
         print(
             f"  control - first   {mean_interval(control - confidence[failures])}: what another seed does by itself"
@@ -253,9 +250,8 @@ def main(argv=None):
         print(f"  other - control   {mean_interval(other - control)}: the effect; neither picked the images")
         stable = {word: sum(row["over_seeds"] == word for row in rows) for word in ("stable", "mixed", "luck")}
         print(f"  over the seeds: {stable['stable']:,} stable, {stable['mixed']:,} mixed, {stable['luck']:,} luck")
-        twins = [
-            folder for folder, its_config in others if its_config["args"].get("seed") == config["args"].get("seed")
-        ]
+        seed = config["args"].get("seed")
+        twins = [folder for folder, its_config in others.values() if its_config["args"].get("seed") == seed]
         if twins:
             utils.warn(
                 f"{twins[0]} shares its seed with {run_dir}, so the same initial weights and order of images make "
@@ -291,7 +287,12 @@ def main(argv=None):
         again = f"run python evaluate.py {utils.quote(run_dir)} --refresh"
         raise ScriptError(f"{run_dir}/test_labels.npy differs from the data set in {args.data_dir}; {again}")
     title = f"{run_dir.name}: {title}\norange: representative; the others: the most confident"
-    draw(run_dir / "failures.png", images.numpy(), rows, title + (f"; there: {others[0][0].name}" if others else ""))
+    draw(
+        run_dir / "failures.png",
+        images.numpy(),
+        rows,
+        title + (f"; there: {others['other'][0].name}" if others else ""),
+    )
     print(f"wrote failures.png to {run_dir}")
     print(f"next: python gradcam.py {utils.quote(run_dir)}{utils.data_dir_flag(args)}")
     return rows

@@ -151,6 +151,12 @@ def insertion_minus_deletion(model, images, classes, maps, intact, blank, blurre
     return (insertion - deletion) / STEPS
 
 
+def raw_maps(model, images, classes):
+    """Signed layer3 maps (N, 8, 8) of images (N, 32, 32, 3) uint8, on the model's device, 100 at a time."""
+    device, parts = next(model.parameters()).device, zip(images.split(100), classes.split(100))
+    return torch.cat([grad_cam(model, normalize(x.to(device)), y.to(device), FIGURES_LAYER) for x, y in parts])
+
+
 def attention_figures(model, images, classes):
     """The figures of utils.ATTENTION for images (N, 32, 32, 3) uint8 and classes (N,): {name: (N,) float64}.
 
@@ -159,18 +165,14 @@ def attention_figures(model, images, classes):
     another image, which keeps the habit of looking at the centre.
     """
     device, rng = next(model.parameters()).device, torch.Generator().manual_seed(0)
-    parts = [slice(i, i + 100) for i in range(0, len(images), 100)]
-    maps = [
-        grad_cam(model, normalize(images[part].to(device)), classes[part].to(device), FIGURES_LAYER) for part in parts
-    ]
-    maps = torch.cat(maps)
+    maps = raw_maps(model, images, classes)
     cells = torch.rand(len(maps), maps[0].numel(), generator=rng).argsort(1).to(device)
     shuffled = maps.flatten(1).gather(1, cells).view_as(maps)
     circle = torch.randperm(len(maps), generator=rng).to(device)
     others = torch.empty_like(maps)
     others[circle] = maps[circle.roll(1)]  # the map of the neighbour in a random circle: never one's own
     found = {name: [] for name in utils.ATTENTION}
-    for part in utils.track(parts, "attention, batch"):
+    for part in utils.track([slice(i, i + 100) for i in range(0, len(images), 100)], "attention, batch"):
         batch, target = normalize(images[part].to(device)), classes[part].to(device)
         ends = [probability(model, x, target) for x in (batch, torch.zeros_like(batch), blur(batch))]
         border, centre = occlusion_drops(model, batch, target, ends[0])
@@ -208,16 +210,17 @@ def spearman(first, second):
 def sanity_checks(model, images, classes):
     """Mean Spearman correlation of the signed maps with maps that must differ: {what: in [-1, 1]}.
 
+    images: (N, 32, 32, 3) uint8. classes: (N,) int64.
     random_logit: of a random other class; near 1, the map does not depend on the class (Sixt et al.,
     arXiv:1912.09818). fc ... stem: after drawing new weights for that stage and all before it in this list;
     a map that survives does not show what was learnt (Adebayo et al., arXiv:1810.03292).
     """
 
     def maps_of(network, targets):
-        return grad_cam(network, images, targets, FIGURES_LAYER).flatten(1).cpu().numpy()
+        return raw_maps(network, images, targets).flatten(1).cpu().numpy()
 
     own = maps_of(model, classes)
-    shift = torch.randint(1, 100, (len(classes),), generator=torch.Generator().manual_seed(0)).to(classes.device)
+    shift = torch.randint(1, 100, (len(classes),), generator=torch.Generator().manual_seed(0))
     found = {"random_logit": spearman(own, maps_of(model, (classes + shift) % 100))}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -308,8 +311,7 @@ def measure_attention(model, run_dir, failures, images, classes, test_set, logit
         model, torch.cat([images, test_images[matched]]), torch.cat([classes, labels[matched]])
     )
     some = torch.linspace(0, n - 1, min(n, 200)).long()
-    device = next(model.parameters()).device
-    sanity = sanity_checks(model, normalize(images[some].to(device)), classes[some].to(device))
+    sanity = sanity_checks(model, images[some], classes[some])
     sane = all((sanity[name] or 0) <= SANITY_LIMIT for name in ("random_logit", "stem"))
     summary = summarise(figures, n)
     columns = {  # of attention.csv
@@ -401,6 +403,7 @@ def read_failures(run_dir):
         sound = {"index", "confidence", "true", "predicted", "representative"} <= set(reader.fieldnames or ())
         sound = sound and len(set(indices)) == len(indices) and all(0 <= i < 10_000 for i in indices)
         sound = sound and (not rows or any(row["representative"] == "1" for row in rows))
+        sound = sound and all(None not in row and None not in row.values() for row in rows)  # as many cells as heads
     except FileNotFoundError:
         raise ScriptError(f"no {path}; run {made_by} first, or give --index or --image") from None
     except (OSError, ValueError, KeyError, TypeError, csv.Error):

@@ -655,7 +655,10 @@ def test_bad_attention():
     utils.write_json(path, good | {"sha256": {"best.pt": "another"}})
     report, printed = quietly(evaluate.read_attention, run_dir)
     assert report is None and "another best.pt" in printed
-    bad = {**good, "matched": {"border_reliance": {"mean": None, "low": 0.0, "high": 0.2}}}
+    none = {**good, "matched": {"border_reliance": {"mean": None, "low": None, "high": None}}}
+    utils.write_json(path, none)  # a network that is never right has nothing to match with
+    assert evaluate.read_attention(run_dir) is None
+    bad = {**good, "matched": {"border_reliance": {"mean": "0.1", "low": 0.0, "high": 0.2}}}
     for content in (
         "",
         "[]",
@@ -1157,7 +1160,8 @@ def test_gradcam_insertion_against_a_loop():
 
 def test_gradcam_sanity_checks_tell_a_map_that_ignores_the_network():
     model, images = trained_like()
-    images, classes = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(0)), torch.arange(8)
+    images = torch.randint(256, (8, 32, 32, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    classes = torch.arange(8)
     before = torch.random.get_rng_state()
     weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     sanity = gradcam.sanity_checks(model, images, classes)
@@ -1863,6 +1867,7 @@ def test_bad_failures_csv():
         f"{header}\n{first.replace(first.split(',')[0], '10000', 1)}",
         "\0",
         f"{header}\n1,2,3",
+        good.rstrip("\n") + ",one cell more\n",
     ):
         (run_dir / "failures.csv").write_text(content)
         refused(gradcam.main, [run_dir], 2, "failures.csv", "failures.py")
