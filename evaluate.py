@@ -511,7 +511,6 @@ def evaluate_ensemble(runs, labels, names):
 
 # Fixed before any run was looked at.
 MARGIN = 0.01  # accuracies within a point of each other count as the same
-FEWEST = 20  # confident failures of the baselines, below which nothing is said about them
 
 
 def claim_measures(baselines):
@@ -618,7 +617,7 @@ def judge(baselines, changed, labels):
         rows.append(claim(text, figure, ends, side, 0, control, value, note or single))
 
     failures = sum(confident_failures(run["scores"]).sum() for run in baselines)
-    few = "" if failures >= FEWEST else f"the baselines have fewer than {FEWEST} confident failures"
+    few = "" if failures >= utils.FEWEST else f"the baselines have fewer than {utils.FEWEST} confident failures"
     biased = "biased: picked in the one run it is compared with; train the baseline with another seed"
     add_change("accuracy stays the same, within 1 point", "accuracy", "within")
     for scaled, suffix in (("", ""), (", scaled", "_scaled")):
@@ -658,7 +657,7 @@ def judge(baselines, changed, labels):
     control = f"accuracy of {superclasses[lowest]}"
     value = first @ whole["by_superclass"][:, lowest]
     rows.append(claim("small mammals are the worst superclass", figure, ends, "below", 0, control, value))
-    return rows + judge_attention([run["attention"] for run in baselines if run["attention"]])
+    return rows + judge_attention([run["attention"] for run in baselines if run["attention"]], bool(degrees))
 
 
 # What the verdict reads of attention.json, each a {mean, low, high}.
@@ -668,8 +667,11 @@ ATTENTION = {
 }  # fmt: skip
 
 
-def judge_attention(reports):
-    """The rows on attention, from attention.json of the baselines that have been through gradcam.py."""
+def judge_attention(reports, several):
+    """The rows on attention, from attention.json of the baselines that have been through gradcam.py.
+
+    several: whether the verdict is on several seeds, so that a single report is not enough.
+    """
     texts = "failures need the border more than the centre", "failures need the border more than correct ones do"
     if not reports:
         note = "not measured: run failures.py and gradcam.py on the baseline"
@@ -678,7 +680,9 @@ def judge_attention(reports):
     def mean(group, figure):
         return np.mean([report[group][figure]["mean"] for report in reports])
 
-    rows = []
+    rows, note = [], ""
+    if several and len(reports) == 1:
+        note = "attention of one baseline only: the luck of training is not in the interval; run gradcam.py on others"
     for text, group, control, value in (
         (texts[0], "failures", "hiding the centre", mean("failures", "centre_drop")),
         (texts[1], "failures_minus_matched", "correct, equally confident", mean("matched", "border_reliance")),
@@ -691,7 +695,7 @@ def judge_attention(reports):
         degrees = len(reports) - 1
         error = values.std(ddof=1) / math.sqrt(len(values)) if degrees else 0
         ends = np.quantile(luck(values.mean(), by_images, error, degrees), [0.025, 0.975])
-        rows.append(claim(text, values.mean(), ends, "above", 0, control, value))
+        rows.append(claim(text, values.mean(), ends, "above", 0, control, value, note))
     return rows
 
 
@@ -721,7 +725,8 @@ def verdict(baselines, changed, labels):
     print_verdict(rows)
     print(
         "  scaled: after temperature scaling of each run. control: what the figure would be without the effect, or how far\n"
-        "  luck alone moves it; verdict.json says which. Intervals: the choice of test images and the luck of training."
+        "  luck alone moves it; verdict.json says which. Intervals: the choice of test images"
+        + (" and the luck of training." if len(baselines + changed) > 2 else ".")
     )
     attended = sum(run["attention"] is not None for run in baselines)
     if 0 < attended < len(baselines):
@@ -991,7 +996,7 @@ def evaluate(run_dir, config, args, device, audit):
     present = [name for name in ("best.pt", *ARRAYS) if (run_dir / name).exists()]
     metrics["sha256"] = {name: utils.sha256(run_dir / name) for name in present}
     run = {"dir": run_dir, "config": config, "seed": config["args"].get("seed"), "metrics": metrics}
-    run |= {"labels": labels, "scores": scores, "scaled": scaled, "attention": read_attention(run_dir)}
+    run |= {"labels": labels, "scores": scores, "scaled": scaled, "attention": read_attention(run_dir, scores)}
 
     confusion = confusion_matrix(labels, scores["pred"], NUM_CLASSES)
     rows, families = per_class_rows(confusion, names), superclass_rows(labels, scores["pred"])
@@ -1032,8 +1037,8 @@ def evaluate(run_dir, config, args, device, audit):
     return run
 
 
-def read_attention(run_dir):
-    """attention.json of gradcam.py, if it is there and of this best.pt; None otherwise."""
+def read_attention(run_dir, scores):
+    """attention.json of gradcam.py if it is of this best.pt and of these confident failures; None otherwise."""
     path, made_by = run_dir / "attention.json", f"python gradcam.py {utils.quote(run_dir)}"
     if not path.exists():
         return None
@@ -1042,14 +1047,19 @@ def read_attention(run_dir):
         figures = [report[g][f][k] for g, fs in ATTENTION.items() for f in fs for k in ("mean", "low", "high")]
         sound = all(value is None or (isinstance(value, float) and math.isfinite(value)) for value in figures)
         of_other = (run_dir / "best.pt").exists() and report["sha256"]["best.pt"] != utils.sha256(run_dir / "best.pt")
+        ours = report["lowest_confidence"] > 0.9 and report["images"] == confident_failures(scores).sum()
     except (KeyError, TypeError):
-        sound = of_other = False
+        sound = of_other = ours = False
     if not sound:
-        raise ScriptError(f"{path} is not of gradcam.py; run {made_by} again, or delete it")
+        raise ScriptError(f"{path} is not of this gradcam.py; run {made_by} again, or delete it")
     if of_other:
         utils.warn(f"{path} is of another best.pt and left out; run {made_by} again")
-        return None
-    return None if None in figures else report  # too few images for an interval
+    elif not ours:
+        again = f"python failures.py {utils.quote(run_dir)}, then {made_by}"
+        utils.warn(f"{path} is not of the failures above 0.90 and left out; run {again}")
+    elif None not in figures:  # too few images for an interval
+        return report
+    return None
 
 
 def compare(first, second):
@@ -1090,16 +1100,11 @@ def compare(first, second):
     return content
 
 
-def recipe(run):
-    """All that a run was trained with, but its seed."""
-    return {key: value for key, value in run["config"]["args"].items() if key not in utils.PLACES | {"seed"}}
-
-
 def by_recipe(runs):
     """The runs in lists of one recipe each, in the order in which the recipes come."""
     arms = []
     for run in runs:
-        arm = next((arm for arm in arms if recipe(arm[0]) == recipe(run)), None)
+        arm = next((arm for arm in arms if utils.recipe(arm[0]["config"]) == utils.recipe(run["config"])), None)
         if arm is None:
             arms.append([run])
         elif run["seed"] in [other["seed"] for other in arm]:
@@ -1113,9 +1118,9 @@ def by_recipe(runs):
 
 def warn_of_differences(arms):
     """Two recipes compare fairly if they differ in the smoothing alone."""
-    ours = recipe(arms[0][0])
+    ours = utils.recipe(arms[0][0]["config"])
     for arm in arms[1:]:
-        theirs = recipe(arm[0])
+        theirs = utils.recipe(arm[0]["config"])
         for key in sorted(key for key in ours.keys() - {"smoothing"} if ours[key] != theirs.get(key)):
             utils.warn(f"{arms[0][0]['dir']} and {arm[0]['dir']} differ in {key}: {ours[key]} and {theirs.get(key)}")
 

@@ -62,12 +62,11 @@ def outcomes(failures, preds, labels, other_preds):
     return [OUTCOMES[0 if r else 1 if s else 2] for r, s in zip(repaired, same)]
 
 
-def mean_interval(values, resamples=2000, seed=0):
-    """Mean of (N,) values and its 95 % bootstrap interval as text, in percentage points."""
-    rng = np.random.default_rng(seed)
-    means = values[rng.integers(0, len(values), (resamples, len(values)))].mean(1)
-    low, high = np.quantile(means, [0.025, 0.975])
-    return f"{100 * values.mean():+.1f} points [{100 * low:+.1f}, {100 * high:+.1f}]"
+def points(values):
+    """Mean of (N,) values and its 95 % interval as text, in percentage points."""
+    mean, low, high = utils.mean_interval(values)
+    ends = "(too few for an interval)" if low is None else f"[{100 * low:+.1f}, {100 * high:+.1f}]"
+    return f"{100 * mean:+.1f} points {ends}"
 
 
 def draw(path, images, rows, title):
@@ -189,6 +188,15 @@ def main(argv=None):
     folders = [run_dir.resolve(), *(folder.resolve() for folder, _ in (others | controls).values())]
     if len(set(folders)) < len(folders):
         parser.error("RUN, --compare and --control must be different runs")
+    for folder, its_config in controls.values():
+        if utils.recipe(its_config) != utils.recipe(config):
+            parser.error(
+                f"--control {folder} has another recipe than {run_dir}; take the same flags and another --seed"
+            )
+        if its_config["args"].get("seed") == config["args"].get("seed"):
+            parser.error(
+                f"--control {folder} has the seed of {run_dir}, so it tells nothing of chance; take another --seed"
+            )
 
     probs, labels = read_probs(run_dir)
     names, preds, confidence = class_names(config["dataset"]), probs.argmax(1), probs.max(1)
@@ -238,37 +246,36 @@ def main(argv=None):
         print(f"the {len(rows):,} failures of {run_dir} in {folder}:")
         sure = correct & (confidence > args.threshold)
         print_fate(rows, name, int((sure & ~its_correct).sum()), int(sure.sum()))
-        print(f"  naive difference  {mean_interval(its_probs.max(1)[failures] - confidence[failures])}")
-    if controls and rows:
-        other, control = (
-            np.mean([all_probs[name].max(1)[failures] for name in some], 0) for some in (others, controls)
-        )
-        print(f"with {len(controls)} control run{'s' * (len(controls) > 1)}:")
+        print(f"  naive difference  {points(its_probs.max(1)[failures] - confidence[failures])}")
+        if not controls:
+            continue
+        control = np.mean([all_probs[other].max(1)[failures] for other in controls], 0)
+        print(f"  control - first   {points(control - confidence[failures])}: what another seed does by itself")
         print(
-            f"  control - first   {mean_interval(control - confidence[failures])}: what another seed does by itself"
+            f"  this - control    {points(its_probs.max(1)[failures] - control)}: the effect; neither picked the images"
         )
-        print(f"  other - control   {mean_interval(other - control)}: the effect; neither picked the images")
-        stable = {word: sum(row["over_seeds"] == word for row in rows) for word in ("stable", "mixed", "luck")}
-        print(f"  over the seeds: {stable['stable']:,} stable, {stable['mixed']:,} mixed, {stable['luck']:,} luck")
-        seed = config["args"].get("seed")
-        twins = [folder for folder, its_config in others.values() if its_config["args"].get("seed") == seed]
-        if twins:
+        if its_config["args"].get("seed") == config["args"].get("seed"):
             utils.warn(
-                f"{twins[0]} shares its seed with {run_dir}, so the same initial weights and order of images make "
+                f"{folder} shares its seed with {run_dir}, so the same initial weights and order of images make "
                 "their mistakes alike, and the effect too small; one with a third seed is a cleaner comparison"
             )
-    elif others and rows:
+    if others and rows and not controls:
         print(
             "  The naive difference is biased downwards: failures picked for their confidence in one run look better\n"
             "  in any other run. --control with the first run under another seed takes the bias out."
         )
+    if controls and rows:
+        words = [row["over_seeds"] for row in rows]
+        counts = ", ".join(f"{words.count(word):,} {word}" for word in ("stable", "mixed", "luck"))
+        print(f"over the {len(controls) + 1} seeds of {run_dir}: {counts}")
 
     path = run_dir / "failures.csv"
-    before = path.read_text(errors="replace").splitlines()[1:] if path.exists() else []
-    same = {line.split(",")[0] for line in before} == {str(row["index"]) for row in rows}
-    shown = ("failures.png", "gradcam.png", "gradcam.csv", "attention.csv", "attention.json")
-    for stale in shown[:1] if same else shown:
-        (run_dir / stale).unlink(missing_ok=True)  # what shows another list of failures
+    before = {i: row["representative"] for i, row in read_columns(path, ["representative"]).items()}
+    now = {row["index"]: str(row["representative"]) for row in rows}
+    stale = ["failures.png"] + ["gradcam.png"] * (before != now)  # what shows another choice of failures
+    stale += ["gradcam.csv", "attention.csv", "attention.json"] * (before.keys() != now.keys())  # ... another list
+    for name in stale:
+        (run_dir / name).unlink(missing_ok=True)
     attention = read_columns(run_dir / "attention.csv", utils.ATTENTION)
     rows = [row | attention.get(row["index"], {}) for row in rows]
     utils.write_csv(path, rows[0] if rows else COLUMNS, rows)

@@ -9,6 +9,10 @@ gradcam.csv (a row per image) into the run directory. From failures.csv, the csv
 picture the representative ones. For all failures, and for correct predictions of the same confidence, it then
 measures what the network attends to: attention.csv, attention.json, and new columns in failures.csv.
 
+gradcam.csv is about --layer: map_sum and true_map_sum are the sums of the signed maps of the target and of
+the true class, map_max is the largest cell, border_energy as below. The attention figures are always about
+the predicted class at layer3.
+
 Selvaraju et al., arXiv:1610.02391. With A^k the k-th channel of a layer's output and y^c the logit of class
 c,
 
@@ -26,6 +30,7 @@ import copy
 import csv
 import difflib
 import io
+import json
 import warnings
 from pathlib import Path
 
@@ -42,7 +47,10 @@ from utils import ScriptError
 BORDER = 4  # pixels: the outermost ring, 448 of the 1,024 pixels
 STEPS = 16  # of deletion and insertion, 64 pixels each
 FIGURES_LAYER = "layer3"  # 8x8 cells, for the attention figures; the 4x4 of layer4 are too coarse
-SANITY_LIMIT = 0.5  # a map more similar than this to that of a random network, or of a random class, explains nothing
+NEAR = (
+    0.02  # of two correct predictions, one of the failure's predicted class may be this much less near in confidence
+)
+SANITY_LIMIT = 0.5  # our convention: a map more similar than this to that of a random class or network is not trusted
 
 
 def grad_cam(model, images, targets, layer="layer4"):
@@ -139,10 +147,7 @@ def insertion_minus_deletion(model, images, classes, maps, intact, blank, blurre
     values = upsample(maps).flatten(1)
     ties = torch.randperm(values.shape[1], generator=torch.Generator().manual_seed(0)).to(values.device)
     order = ties[values[:, ties].argsort(dim=1, descending=True, stable=True)]
-    turn = torch.empty_like(order).scatter_(
-        1, order, (torch.arange(1024, device=order.device) * STEPS // 1024).expand_as(order)
-    )
-    turn = turn.view(-1, 1, 32, 32)  # the step at which a pixel's turn comes
+    turn = (order.argsort(1) * STEPS // 1024).view(-1, 1, 32, 32)  # the step at which a pixel's turn comes
     start = blur(images)
     deletion, insertion = (intact + blank) / 2, (blurred + intact) / 2  # trapezoids: the ends count half
     for step in range(1, STEPS):
@@ -182,14 +187,20 @@ def attention_figures(model, images, classes):
         values = (border_energy(maps[part]).cpu().double(), border, centre, border - centre, *areas)
         for name, value in zip(utils.ATTENTION, values):
             found[name].append(value)
+    if len(maps) == 1:
+        found["insertion_deletion_other"] = [torch.tensor([torch.nan])]
     return {name: torch.cat(values).numpy() for name, values in found.items()}
 
 
-def match_on_confidence(confidence, candidates):
-    """Position of the nearest of (M,) candidates for each confidence (N,), each taken once: (min(N, M),)."""
+def match_on_confidence(confidence, classes, candidates, candidate_classes):
+    """Position of a correct prediction like each failure, by confidence and predicted class: (min(N, M),) int64.
+
+    confidence, classes: (N,) of the failures; the others (M,) of the correct predictions. Failure by failure,
+    the nearest confidence that is not yet taken; one of another class counts as 0.02 further away.
+    """
     left, matches = np.array(candidates, np.float64), []
-    for value in confidence[: len(candidates)]:
-        matches.append(int(np.abs(left - value).argmin()))
+    for value, label in list(zip(confidence, classes))[: len(candidates)]:
+        matches.append(int((np.abs(left - value) + NEAR * (candidate_classes != label)).argmin()))
         left[matches[-1]] = np.inf
     return np.array(matches, np.int64)
 
@@ -208,12 +219,14 @@ def spearman(first, second):
 
 
 def sanity_checks(model, images, classes):
-    """Mean Spearman correlation of the signed maps with maps that must differ: {what: in [-1, 1]}.
+    """Are the signed maps those of this class and of this network? {what: {"rho", "abs_rho"}}, means over images.
 
-    images: (N, 32, 32, 3) uint8. classes: (N,) int64.
-    random_logit: of a random other class; near 1, the map does not depend on the class (Sixt et al.,
-    arXiv:1912.09818). fc ... stem: after drawing new weights for that stage and all before it in this list;
-    a map that survives does not show what was learnt (Adebayo et al., arXiv:1810.03292).
+    images: (N, 32, 32, 3) uint8. classes: (N,) int64. rho: Spearman correlation of a map with a map that must
+    differ; abs_rho: its absolute value, as correlations of either sign cancel in a mean. None if undefined.
+    other_image: with the map of the next image, which tells how alike maps are by habit. random_logit: with
+    that of a random other class; near 1, the map does not depend on the class (Sixt et al.,
+    arXiv:1912.09818). fc ... stem: after drawing new weights for that stage and all before it in this list; a
+    map that survives does not show what was learnt (Adebayo et al., arXiv:1810.03292).
     """
 
     def maps_of(network, targets):
@@ -221,7 +234,10 @@ def sanity_checks(model, images, classes):
 
     own = maps_of(model, classes)
     shift = torch.randint(1, 100, (len(classes),), generator=torch.Generator().manual_seed(0))
-    found = {"random_logit": spearman(own, maps_of(model, (classes + shift) % 100))}
+    found = {
+        "other_image": spearman(own, np.roll(own, 1, 0) if len(own) > 1 else own * np.nan),
+        "random_logit": spearman(own, maps_of(model, (classes + shift) % 100)),
+    }
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         fresh = resnet18(width=model.conv1.out_channels)
@@ -230,18 +246,17 @@ def sanity_checks(model, images, classes):
         for name in ("conv1", "bn1") if stage == "stem" else (stage,):
             getattr(changed, name).load_state_dict(getattr(fresh, name).state_dict())
         found[stage] = spearman(own, maps_of(changed, classes))
-    return {name: float(np.nanmean(values)) if not np.isnan(values).all() else None for name, values in found.items()}
+
+    def mean(values):
+        return None if np.isnan(values).all() else float(np.nanmean(values))
+
+    return {name: {"rho": mean(values), "abs_rho": mean(abs(values))} for name, values in found.items()}
 
 
-def mean_interval(values, resamples=2000):
-    """{"mean", "low", "high"} of (N,) values: the ends of a 95 % bootstrap interval; None without values."""
-    values = values[~np.isnan(values)]
-    if not len(values):
-        return {"mean": None, "low": None, "high": None}
-    rng = np.random.default_rng(0)
-    means = [values[rng.integers(0, len(values), len(values))].mean() for _ in range(resamples)]
-    low, high = np.quantile(means, [0.025, 0.975])
-    return {"mean": float(values.mean()), "low": float(low), "high": float(high)}
+def is_sane(sanity):
+    """Whether the maps differ enough from those of random classes and of a wholly random network."""
+    similar = [sanity[name]["abs_rho"] for name in ("random_logit", "stem")]
+    return None not in similar and max(similar) <= SANITY_LIMIT
 
 
 def summarise(figures, n):
@@ -258,14 +273,19 @@ def summarise(figures, n):
         "matched": {name: value[n:] for name, value in values.items()},
         "failures_minus_matched": {name: value[:pairs] - value[n:] for name, value in values.items()},
     }
-    return {group: {name: mean_interval(value) for name, value in some.items()} for group, some in groups.items()}
+    keys = ("mean", "low", "high")
+    return {
+        group: {name: dict(zip(keys, utils.mean_interval(value))) for name, value in some.items()}
+        for group, some in groups.items()
+    }
 
 
-def print_attention(summary, sanity, sane):
+def print_attention(report):
+    """The table of attention.json."""
+
     def cell(figure):
-        if figure["mean"] is None:
-            return "-"
-        return "{:.3f} [{:.3f}, {:.3f}]".format(*(figure[key] for key in ("mean", "low", "high")))
+        known = [f"{figure[key]:.3f}" for key in ("mean", "low", "high") if figure[key] is not None]
+        return "-" if not known else known[0] if len(known) == 1 else f"{known[0]} [{known[1]}, {known[2]}]"
 
     words = {
         "border_energy": "border energy (even: 0.438)",
@@ -276,13 +296,24 @@ def print_attention(summary, sanity, sane):
         "minus_shuffled": "... minus that of shuffled maps",
         "minus_other": "... minus that of others' maps",
     }
-    heads = ("failures", "correct, as confident", "difference")
-    print(f"{'mean [95 % interval]':<38}" + "".join(f"{head:<26}" for head in heads))
+    heads = {"failures": "failures", "matched": "correct, as confident", "failures_minus_matched": "difference"}
+    print(f"{'mean [95 % interval]':<38}" + "".join(f"{head:<26}" for head in heads.values()))
     for name, word in words.items():
-        print(f"  {word:<36}" + "".join(f"{cell(group[name]):<26}" for group in summary.values()))
-    line = ", ".join(f"{name} {value:.2f}" for name, value in sanity.items() if value is not None)
-    print(f"  sanity, Spearman with maps that must differ: {line}")
-    if not sane:
+        print(f"  {word:<36}" + "".join(f"{cell(report[group][name]):<26}" for group in heads))
+    if report["pairs"]:
+        print(
+            f"  {report['pairs']} pairs, {report['pairs_of_one_class']} of one predicted class; confidences differ by "
+            f"{report['mean_gap']:.4f} on average, {report['largest_gap']:.4f} at most"
+        )
+    sanity = report["sanity"].items()
+    checks = [f"{name} {x['rho']:.2f} ({x['abs_rho']:.2f})" for name, x in sanity if x["rho"] is not None]
+    print(f"  sanity, mean Spearman rho (mean |rho|) with the map of: {', '.join(checks)}")
+    if report["sane"]:
+        print(
+            f"  Not above {SANITY_LIMIT} for a random class or a random network: the least that a map must do, and no proof. What\n"
+            "  is above other_image, two maps that are alike by habit, they share with maps that explain nothing."
+        )
+    else:
         print(
             f"  These maps fail: above {SANITY_LIMIT} for a random class or a random network. What is computed from them,\n"
             "  border energy and insertion - deletion, supports no claim. Border reliance does not use them."
@@ -293,46 +324,66 @@ def print_attention(summary, sanity, sane):
     )
 
 
-def measure_attention(model, run_dir, failures, images, classes, test_set, logits, names):
-    """Measure, print and write attention.csv and attention.json, and add the figures to failures.csv.
+def measured_before(run_dir, failures):
+    """attention.json if it is whole, of this best.pt and of these rows of failures.csv; None otherwise."""
+    try:
+        report = json.loads((run_dir / "attention.json").read_text())
+        rows = csv.DictReader(io.StringIO((run_dir / "attention.csv").read_text()))
+        index = [int(row["index"]) for row in rows if row["group"] == "failure"]
+        same = report["sha256"]["best.pt"] == utils.sha256(run_dir / "best.pt") and "pairs" in report
+        same = same and index == [row["index"] for row in failures] and utils.ATTENTION[-1] in failures[0]
+        return report if same else None
+    except (OSError, ValueError, KeyError, TypeError, csv.Error):
+        return None
 
-    failures: the rows of failures.csv, with images (n, 32, 32, 3) and predicted classes (n,). Each is
-    paired with the correct prediction of the test set (images, labels) whose confidence, by logits (N,
-    100), is nearest.
+
+def measure_attention(model, run_dir, failures, images, classes, test_set, logits, names):
+    """Measure and write attention.csv and attention.json, whose content it returns; add the figures to failures.csv.
+
+    failures: the rows of failures.csv, with images (n, 32, 32, 3) and predicted classes (n,). Each is paired
+    with a correct prediction of the test set (images, labels), by logits (N, 100).
     """
     test_images, labels = test_set
     confidence = np.exp(utils.log_softmax(logits)).max(1)
     correct = np.flatnonzero(logits.argmax(1) == labels.numpy())
-    matched = correct[match_on_confidence([row["confidence"] for row in failures], confidence[correct])]
-    if len(matched) < len(failures):
-        print(f"only {len(matched)} correct predictions to compare {len(failures)} failures with")
-    n, index = len(failures), [row["index"] for row in failures]
+    sure = np.array([row["confidence"] for row in failures])
+    matched = correct[match_on_confidence(sure, classes.numpy(), confidence[correct], labels.numpy()[correct])]
+    n, pairs, index = len(failures), len(matched), [row["index"] for row in failures]
     figures = attention_figures(
         model, torch.cat([images, test_images[matched]]), torch.cat([classes, labels[matched]])
     )
     some = torch.linspace(0, n - 1, min(n, 200)).long()
     sanity = sanity_checks(model, images[some], classes[some])
-    sane = all((sanity[name] or 0) <= SANITY_LIMIT for name in ("random_logit", "stem"))
-    summary = summarise(figures, n)
     columns = {  # of attention.csv
-        "group": ["failure"] * n + ["matched"] * len(matched),
+        "group": ["failure"] * n + ["matched"] * pairs,
         "index": index + matched.tolist(),
-        "matched_to": [""] * n + index[: len(matched)],
+        "matched_to": [""] * n + index[:pairs],
         "true": [row["true"] for row in failures] + [names[labels[i]] for i in matched],
         "predicted": [row["predicted"] for row in failures] + [names[labels[i]] for i in matched],
-        "confidence": [row["confidence"] for row in failures] + confidence[matched].tolist(),
+        "confidence": sure.tolist() + confidence[matched].tolist(),
     }
     columns |= {name: ["" if np.isnan(x) else x for x in values.tolist()] for name, values in figures.items()}
     rows = [dict(zip(columns, values)) for values in zip(*columns.values())]
     utils.write_csv(run_dir / "attention.csv", columns, rows)
     failures = [row | {name: own[name] for name in utils.ATTENTION} for row, own in zip(failures, rows)]
     utils.write_csv(run_dir / "failures.csv", failures[0], failures)
-    no_map = int(np.isnan(figures["border_energy"][:n]).sum())
-    about = {"layer": FIGURES_LAYER, "images": n, "without_positive_evidence": no_map, "sanity": sanity, "sane": sane}
-    about["sha256"] = {"best.pt": utils.sha256(run_dir / "best.pt")}
-    utils.write_json(run_dir / "attention.json", about | summary)
-    print_attention(summary, sanity, sane)
-    print(f"wrote attention.csv and attention.json to {run_dir}, and added these figures to failures.csv")
+    gaps = np.abs(sure[:pairs] - confidence[matched])
+    report = {
+        "layer": FIGURES_LAYER,
+        "images": n,
+        "lowest_confidence": float(sure.min()),
+        "without_positive_evidence": int(np.isnan(figures["border_energy"][:n]).sum()),
+        "pairs": pairs,
+        "pairs_of_one_class": int((classes[:pairs] == labels[matched]).sum()),
+        "mean_gap": float(gaps.mean()) if pairs else None,  # between the confidences of a pair
+        "largest_gap": float(gaps.max()) if pairs else None,
+        "sanity": sanity,
+        "sane": is_sane(sanity),
+        "sha256": {"best.pt": utils.sha256(run_dir / "best.pt")},
+    }
+    report |= summarise(figures, n)
+    utils.write_json(run_dir / "attention.json", report)
+    return report
 
 
 # ---- pictures ------------------------------------------------------------------------------------------------
@@ -552,7 +603,7 @@ def main(argv=None):
             "map_sum": maps[n].sum().item(),
             "true_map_sum": true_maps[n].sum().item() if labels is not None else "",
             "map_max": maps[n].max().item(),
-            "border_energy": border[n].item(),
+            "border_energy": "" if border[n].isnan() else border[n].item(),
         }
         for n in range(len(images))
     ]
@@ -573,16 +624,20 @@ def main(argv=None):
         f", {maps.shape[1]}x{maps.shape[2]} cells at {args.layer}, {empty} without positive evidence for their target"
     )
     print(
-        f"mean border energy {border.nanmean():.3f}: share of the map in the outermost 4 pixels, 0.438 if it were even; "
+        f"mean border energy of these maps {border.nanmean():.3f}: their share in the outermost 4 pixels, 0.438 if even; "
         "border is not background,\nand cells as large as layer4's are coarse: --layer layer3 is finer"
     )
     print(f"wrote gradcam.png ({len(shown)} images) and gradcam.csv ({len(rows)}) to {run_dir}")
-    if failures and len(failures) > 1:
-        print(
-            f"\nattention to the border, and what the maps are worth, for all {len(failures)} failures; Ctrl-C keeps the above",
-            flush=True,
-        )
-        measure_attention(model, run_dir, failures, images, preds, test_set, test_logits, names)
+    if failures:
+        report = measured_before(run_dir, failures)
+        what = f"attention to the border, and what the maps are worth, for all {len(failures)} failures"
+        if report:
+            print(f"\n{what}, as measured before; to do it again, delete {run_dir}/attention.json")
+        else:
+            print(f"\n{what}; Ctrl-C keeps the above", flush=True)
+            report = measure_attention(model, run_dir, failures, images, preds, test_set, test_logits, names)
+            print(f"wrote attention.csv and attention.json to {run_dir}, and added these figures to failures.csv")
+        print_attention(report)
     return rows
 
 

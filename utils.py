@@ -35,6 +35,7 @@ ATTENTION = (
     "insertion_deletion insertion_deletion_shuffled insertion_deletion_other"
 ).split()
 PLACES = {"data_dir", "data_url", "device", "output_dir", "resume"}  # flags of train.py that leave the recipe alone
+FEWEST = 20  # images, below which nothing is said about their mean
 
 # ---- errors and the command line ---------------------------------------------------------------------------
 
@@ -210,6 +211,11 @@ def open_run(text):
     if not os.access(run_dir, os.W_OK):
         raise ScriptError(f"{run_dir} cannot be written to; copy it to a folder of yours")
     return run_dir, config
+
+
+def recipe(config):
+    """All that a run was trained with, but its seed."""
+    return {key: value for key, value in config["args"].items() if key not in PLACES | {"seed"}}
 
 
 def check_dataset(run_dir, dataset, asked):
@@ -433,7 +439,20 @@ def wilson_interval(hits, n):
     """95 % interval (low, high) of a proportion of hits in n > 0 trials; never empty, also at 0 and n. Wilson 1927."""
     z, p = 1.959964, hits / n
     center, half = p + z**2 / (2 * n), z * np.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
-    return (center - half) / (1 + z**2 / n), (center + half) / (1 + z**2 / n)
+    return np.maximum(center - half, 0) / (1 + z**2 / n), np.minimum((center + half) / (1 + z**2 / n), 1)
+
+
+def mean_interval(values, resamples=2000):
+    """(mean, low, high) of (N,) values but for NaN, with a 95 % bootstrap interval; None where there is none.
+
+    Below 20 values only the mean: so few, drawn again and again, look too much alike.
+    """
+    values = values[~np.isnan(values)]
+    if len(values) < FEWEST:
+        return (float(values.mean()) if len(values) else None), None, None
+    rng = np.random.default_rng(0)
+    means = [values[rng.integers(0, len(values), len(values))].mean() for _ in range(resamples)]
+    return float(values.mean()), *np.quantile(means, [0.025, 0.975]).tolist()
 
 
 def mcnemar(first, second):
