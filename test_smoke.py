@@ -816,6 +816,15 @@ def test_metrics_resampled_agree_with_their_definitions():
         assert math.isclose(value[1], redrawn[name], rel_tol=5e-3, abs_tol=1e-5), (name, value[1], redrawn[name])
 
 
+def test_metrics_mean_interval():
+    values = np.random.default_rng(0).normal(3, 2, 1000)
+    mean, low, high = utils.mean_interval(np.append(values, np.nan))
+    assert math.isclose(mean, values.mean()) and abs((high - low) / (3.92 * values.std() / math.sqrt(1000)) - 1) < 0.1
+    assert utils.mean_interval(values[:19]) == (values[:19].mean(), None, None)  # too few look alike
+    assert None not in utils.mean_interval(values[:20]) and utils.mean_interval(values[:0]) == (None, None, None)
+    assert "+100.0 points (too few for an interval)" == failures.points(np.ones(3))
+
+
 def test_metrics_mcnemar():
     """12 and 4 discordant pairs: p = 2 P(Binomial(16, 1/2) <= 4) = 0.0768; none: 1."""
     first, second = np.array([True] * 12 + [False] * 4 + [True] * 5), np.array([False] * 12 + [True] * 4 + [True] * 5)
@@ -1315,6 +1324,22 @@ def test_chain_attention_can_be_interrupted():
         assert float(rows[0]["border_drop"]) == float(read_csv(chain()[0][0] / "failures.csv")[0]["border_drop"])
         rows = quietly(failures.main, [str(run_dir), "--threshold", "0.6"])[0]
         assert "border_drop" not in rows[0] and not (run_dir / "attention.csv").exists()
+
+
+def test_chain_attention_of_one_failure():
+    run_dir = copy_of_run("lonely", "gradcam.*", "attention.*")
+    second = float(read_csv(run_dir / "failures.csv")[1]["confidence"])
+    with replaced(utils, "save_figure", lambda figure, path: None):
+        rows = quietly(failures.main, [str(run_dir), "--threshold", str(second)])[0]
+        printed = quietly(gradcam.main, [str(run_dir), "--device", "cpu"])[1]
+    report = json.loads((run_dir / "attention.json").read_text())
+    (row,) = read_csv(run_dir / "failures.csv")
+    assert len(rows) == report["images"] == report["pairs"] == 1 and report["sanity"]["other_image"]["rho"] is None
+    figure = report["failures"]["border_reliance"]
+    assert figure == {"mean": float(row["border_reliance"]), "low": None, "high": None}
+    assert (
+        f"{figure['mean']:.3f} " in printed and "[" not in printed.split("border reliance")[1].split("insertion")[0]
+    )
 
 
 def test_gradcam_reads_any_image():
