@@ -2,12 +2,15 @@
 
     python evaluate.py runs/baseline                        # one run
     python evaluate.py runs/baseline runs/smoothing0.1      # side by side, below the published numbers
+    python evaluate.py runs/baseline* runs/smoothing0.1*    # several seeds of each: a verdict on the study's claims
 
 Writes into each run directory test_logits.npy (10000, 100) float32 and test_labels.npy (10000,) int64, where
 row i is test image i; the same for the 5,000 validation images; metrics.json (fractions, 95 % intervals under
-ci95); confusion.npy (row = true class, column = predicted), confusion.png, per_class.csv, per_class.png and
-reliability.png. Logits that are there already are not computed again: then neither checkpoint nor data set is
-needed. The second and every further run is compared with the first one, image by image: comparison.json.
+ci95); confusion.npy (row = true class, column = predicted), confusion.png, per_class.csv, per_class.png,
+superclasses.csv, label_errors.csv and reliability.png. Logits that are there already are not computed again:
+then neither checkpoint nor data set is needed. The first run of every further recipe is compared with the first
+run of all, image by image: comparison.json and its two figures. Each further recipe gets a verdict against the
+first one, in verdict.json and verdict.png. --ensemble writes ensemble.csv and ensemble.json.
 """
 
 import itertools
