@@ -2296,7 +2296,7 @@ def long_test_100_verdicts():
         print(f"  {len(seeds)} seeds: supported without an effect, of 100, by claim: {false}", flush=True)
         assert max(false[SURE:]) <= 5, false
     rng, false = np.random.default_rng(0), [0] * 5
-    for _ in range(100):
+    for _ in range(300):  # quick, so more of them
         # Accuracy falls by the margin itself; luck of three runs each, in points.
         accuracies = rng.normal(scale=0.2, size=(2, 3)) - np.array([[0.0], [100 * evaluate.MARGIN]])
         figure = (accuracies[1].mean() - accuracies[0].mean() + rng.normal(scale=0.2)) / 100
@@ -2313,8 +2313,10 @@ def long_test_100_verdicts():
         rows = evaluate.judge_attention(reports[:1], False) + evaluate.judge_attention(reports[1:], True)
         for row, claim in enumerate(rows):
             false[row + 1] += claim["word"] == "supported"
-    print(f"  accuracy at the margin; the two of attention, of one baseline and of three: {false}", flush=True)
-    assert max(false) <= 5, false
+    print(
+        f"  of 300, accuracy at the margin; the two of attention, of one baseline and of three: {false}", flush=True
+    )
+    assert max(false) <= 15, false
 
 
 def long_test_500_mutations():
