@@ -916,10 +916,10 @@ def draw_verdict(path, rows, title):
         axes.fill_betweenx([y - 0.4, y + 0.4], left, right, color=utils.BLUE, alpha=0.12, linewidth=0)
         axes.plot([0, 0], [y - 0.4, y + 0.4], color="black", linewidth=0.8)
         axes.plot(sign * points[0] / scale, y, "o", color=color)
-        text = f"{100 * row['figure']:.1f}"
+        text = f"{100 * row['figure']:.2f}"
         if row["ci95"]:
             axes.plot(sign * points[1:] / scale, [y, y], color=color, linewidth=2)
-            text += " [{:.1f}, {:.1f}]".format(*(100 * end for end in row["ci95"]))
+            text += " [{:.2f}, {:.2f}]".format(*(100 * end for end in row["ci95"]))
         axes.text(1.35, y, text, va="center", fontsize=9)
         if row["control_value"] is not None:
             axes.text(2.75, y, f"{100 * row['control_value']:.1f}  {row['control']}", va="center", fontsize=8)

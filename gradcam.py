@@ -47,10 +47,8 @@ from utils import ScriptError
 BORDER = 4  # pixels: the outermost ring, 448 of the 1,024 pixels
 STEPS = 16  # of deletion and insertion, 64 pixels each
 FIGURES_LAYER = "layer3"  # 8x8 cells, for the attention figures; the 4x4 of layer4 are too coarse
-NEAR = (
-    0.02  # of two correct predictions, one of the failure's predicted class may be this much less near in confidence
-)
-SANITY_LIMIT = 0.5  # our convention: a map more similar than this to that of a random class or network is not trusted
+NEAR = 0.02  # in matching, a correct prediction of another class counts as this much further away
+SANITY_LIMIT = 0.5  # our convention: maps more like those of a random class or network are not trusted
 
 
 def grad_cam(model, images, targets, layer="layer4"):
@@ -280,8 +278,8 @@ def summarise(figures, n):
     }
 
 
-def print_attention(report):
-    """The table of attention.json."""
+def attention_table(report):
+    """attention.json as lines for people."""
 
     def cell(figure):
         known = [f"{figure[key]:.3f}" for key in ("mean", "low", "high") if figure[key] is not None]
@@ -297,43 +295,46 @@ def print_attention(report):
         "minus_other": "... minus that of others' maps",
     }
     heads = {"failures": "failures", "matched": "correct, as confident", "failures_minus_matched": "difference"}
-    print(f"{'mean [95 % interval]':<38}" + "".join(f"{head:<26}" for head in heads.values()))
+    lines = [f"{'mean [95 % interval]':<38}" + "".join(f"{head:<26}" for head in heads.values())]
     for name, word in words.items():
-        print(f"  {word:<36}" + "".join(f"{cell(report[group][name]):<26}" for group in heads))
+        lines.append(f"  {word:<36}" + "".join(f"{cell(report[group][name]):<26}" for group in heads))
     if report["pairs"]:
-        print(
+        lines.append(
             f"  {report['pairs']} pairs, {report['pairs_of_one_class']} of one predicted class; confidences differ by "
             f"{report['mean_gap']:.4f} on average, {report['largest_gap']:.4f} at most"
         )
     sanity = report["sanity"].items()
     checks = [f"{name} {x['rho']:.2f} ({x['abs_rho']:.2f})" for name, x in sanity if x["rho"] is not None]
-    print(f"  sanity, mean Spearman rho (mean |rho|) with the map of: {', '.join(checks)}")
+    lines.append(f"  sanity, mean Spearman rho (mean |rho|) with the map of: {', '.join(checks)}")
     if report["sane"]:
-        print(
-            f"  Not above {SANITY_LIMIT} for a random class or a random network: the least that a map must do, and no proof. What\n"
-            "  is above other_image, two maps that are alike by habit, they share with maps that explain nothing."
-        )
+        lines += [
+            f"  Not above {SANITY_LIMIT} for a random class or a random network: the least that a map must do, and no proof. What",
+            "  is above other_image, two maps that are alike by habit, they share with maps that explain nothing.",
+        ]
     else:
-        print(
-            f"  These maps fail: above {SANITY_LIMIT} for a random class or a random network. What is computed from them,\n"
-            "  border energy and insertion - deletion, supports no claim. Border reliance does not use them."
-        )
-    print(
-        "  Border is not background, and a sea or a plain has none. Hidden parts are unlike any training image, so\n"
-        "  compare only the columns, and a map with its controls."
+        lines += [
+            f"  These maps fail: above {SANITY_LIMIT} for a random class or a random network. What is computed from them,",
+            "  border energy and insertion - deletion, supports no claim. Border reliance does not use them.",
+        ]
+    return "\n".join(
+        [
+            *lines,
+            "  Border is not background, and a sea or a plain has none. Hidden parts are unlike any training image, so",
+            "  compare only the columns, and a map with its controls.",
+        ]
     )
 
 
-def measured_before(run_dir, failures):
-    """attention.json if it is whole, of this best.pt and of these rows of failures.csv; None otherwise."""
+def table_of_before(run_dir, failures):
+    """attention_table of attention.json if that is whole, of this best.pt and of these rows of failures.csv; or None."""
     try:
         report = json.loads((run_dir / "attention.json").read_text())
         rows = csv.DictReader(io.StringIO((run_dir / "attention.csv").read_text()))
         index = [int(row["index"]) for row in rows if row["group"] == "failure"]
-        same = report["sha256"]["best.pt"] == utils.sha256(run_dir / "best.pt") and "pairs" in report
+        same = report["sha256"]["best.pt"] == utils.sha256(run_dir / "best.pt")
         same = same and index == [row["index"] for row in failures] and utils.ATTENTION[-1] in failures[0]
-        return report if same else None
-    except (OSError, ValueError, KeyError, TypeError, csv.Error):
+        return attention_table(report) if same else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, csv.Error):
         return None
 
 
@@ -629,15 +630,15 @@ def main(argv=None):
     )
     print(f"wrote gradcam.png ({len(shown)} images) and gradcam.csv ({len(rows)}) to {run_dir}")
     if failures:
-        report = measured_before(run_dir, failures)
+        table = table_of_before(run_dir, failures)
         what = f"attention to the border, and what the maps are worth, for all {len(failures)} failures"
-        if report:
-            print(f"\n{what}, as measured before; to do it again, delete {run_dir}/attention.json")
+        if table:
+            print(f"\n{what}, as measured before; to do it again, delete {run_dir}/attention.json\n{table}")
         else:
             print(f"\n{what}; Ctrl-C keeps the above", flush=True)
             report = measure_attention(model, run_dir, failures, images, preds, test_set, test_logits, names)
+            print(attention_table(report))
             print(f"wrote attention.csv and attention.json to {run_dir}, and added these figures to failures.csv")
-        print_attention(report)
     return rows
 
 

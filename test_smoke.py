@@ -823,6 +823,8 @@ def test_metrics_mean_interval():
     assert utils.mean_interval(values[:19]) == (values[:19].mean(), None, None)  # too few look alike
     assert None not in utils.mean_interval(values[:20]) and utils.mean_interval(values[:0]) == (None, None, None)
     assert "+100.0 points (too few for an interval)" == failures.points(np.ones(3))
+    ends = np.array([utils.wilson_interval(hits, n) for n in range(1, 200) for hits in (0, n)])
+    assert 0 <= ends.min() and ends.max() <= 1  # not by rounding either: -0.0 % looks wrong
 
 
 def test_metrics_mcnemar():
@@ -1218,10 +1220,17 @@ def test_gradcam_sanity_checks_tell_a_map_that_ignores_the_network():
         assert not gradcam.is_sane(sanity)
 
 
+def test_gradcam_a_single_map_has_no_other():
+    model, image = trained_like()[0], torch.randint(256, (1, 32, 32, 3), dtype=torch.uint8)
+    figures = gradcam.attention_figures(model, image, torch.tensor([3]))
+    assert list(figures) == utils.ATTENTION and np.isnan(figures["insertion_deletion_other"])
+    assert np.isfinite(figures["insertion_deletion_shuffled"])
+
+
 def test_gradcam_says_when_maps_support_no_claim():
     report = json.loads((chain()[0][0] / "attention.json").read_text())
-    assert "supports no claim" not in quietly(gradcam.print_attention, report | {"sane": True})[1]
-    printed = quietly(gradcam.print_attention, report | {"sane": False})[1]
+    assert "supports no claim" not in gradcam.attention_table(report | {"sane": True})
+    printed = gradcam.attention_table(report | {"sane": False})
     assert "supports no claim" in printed and "border reliance: their difference" in printed
 
 
@@ -1304,6 +1313,7 @@ def test_chain_attention_can_be_interrupted():
         assert "as measured before" in printed and "border reliance: their difference" in printed
         for path, old, new in (("attention.json", utils.sha256(run_dir / "best.pt"), "another"),
                                ("attention.csv", "\nfailure,", "\nfailure,1"), ("attention.json", '"pairs"', '"no"'),
+                               ("attention.json", '"rho": ', '"rho": "x", "no": '), ("attention.json", '"sanity": {', '"sanity": 1, "no": {'),
                                ("failures.csv", "insertion_deletion_other", "other")):  # fmt: skip
             content = (run_dir / path).read_text()
             assert old in content

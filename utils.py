@@ -35,7 +35,7 @@ ATTENTION = (
     "insertion_deletion insertion_deletion_shuffled insertion_deletion_other"
 ).split()
 PLACES = {"data_dir", "data_url", "device", "output_dir", "resume"}  # flags of train.py that leave the recipe alone
-FEWEST = 20  # images, below which nothing is said about their mean
+FEWEST = 20  # images, below which their mean has no interval, and a claim no word
 
 # ---- errors and the command line ---------------------------------------------------------------------------
 
