@@ -1,29 +1,47 @@
-"""CIFAR-100 in memory: loading, split, augmentation, class names, and a synthetic stand-in.
+"""CIFAR-100 in memory: loading, split, augmentation, corruptions, class names, and a synthetic stand-in.
 
-    from data import load_cifar100
+    from data import load_cifar100, corrupt
     images, labels = load_cifar100("data", train=False)    # (10000, 32, 32, 3) uint8, (10000,) int64
+    foggy = corrupt(images, "fog", severity=3)             # the same shape and dtype
 
 The whole training set is 154 MB of bytes, so it lives on the device as one tensor; there are no worker
 processes, and a batch is cut, mirrored and normalised where it is needed. Krizhevsky: Learning multiple
 layers of features from tiny images, 2009, https://www.cs.toronto.edu/~kriz/cifar.html.
+
+To add a corruption: a line at the end of STRENGTHS, and a branch in _corrupted().
 """
 
 import functools
+import hashlib
 import http.client
-import socket
+import io
+import math
+import os
+import pickle
 import tarfile
+import tempfile
+import time
+import urllib.request
 import zlib
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
-from utils import ScriptError
+from utils import Progress, ScriptError, duration, memory_format
 
 NUM_CLASSES = 100
 ARCHIVE_URL = "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz"
+MIRROR_URL = "https://dataset.bj.bcebos.com/cifar/cifar-100-python.tar.gz"  # PaddlePaddle's, the same bytes
 ARCHIVE_MD5 = "eb9058c3a382ffc7106e4002c42a8d85"
+ARCHIVE_SIZE = 169_001_437  # bytes
+FILES_MD5 = {
+    "train": "16019d7e3df5f24257cddd939b257f8d",
+    "test": "f0ef6b0ae62326f3e7ffdfab6717acfc",
+    "meta": "7973b15100ade9c7d40fb424638fde48",
+}
 TIMEOUT = 20  # seconds without a single byte
 
 # Mean and standard deviation of each channel over all pixels of the 50,000 training images, in [0, 1]. The
@@ -58,78 +76,128 @@ CLASS_NAMES = sorted(" ".join(SUPERCLASSES.values()).split())  # alphabetical, s
 SUPERCLASS_OF = np.array(
     [[name in group.split() for group in SUPERCLASSES.values()].index(True) for name in CLASS_NAMES]
 )
-
+# The 15 classes of insects, other invertebrates and small mammals, for the claim about small animals.
+SMALL_ANIMALS = np.flatnonzero(np.isin(SUPERCLASS_OF, [7, 13, 16])).tolist()
 
 TITLES = {"cifar100": "CIFAR-100", "synthetic": "SYNTHETIC data"}  # for what is printed and drawn
 
 
 def class_names(dataset):
-    """The 100 names by label; made-up ones for the synthetic set, whose images show none of the real things."""
-    return CLASS_NAMES if dataset == "cifar100" else [f"synthetic_{label:02d}" for label in range(NUM_CLASSES)]
+    """The 100 names by label; made-up ones for the synthetic set, whose images show no real things."""
+    made_up = [f"synthetic_{label:02d}" for label in range(NUM_CLASSES)]
+    return CLASS_NAMES if dataset == "cifar100" else made_up
 
 
 def load_dataset(dataset, data_dir, train, url=None):
-    """images (N, 32, 32, 3) uint8 and labels (N,) int64 of "cifar100" or "synthetic"; N is 50,000 or 10,000."""
+    """images (N, 32, 32, 3) uint8 and labels (N,) int64 of "cifar100" or "synthetic"; N: 50,000 or 10,000."""
     return load_cifar100(data_dir, train, url) if dataset == "cifar100" else load_synthetic(train)
+
+
+def find_cifar100(data_dir):
+    """The folder with train, test and meta: data_dir or its cifar-100-python; None if there is neither."""
+    data_dir = Path(data_dir).expanduser().resolve()
+    folder = data_dir / "cifar-100-python"
+    if any((data_dir / name).is_file() for name in FILES_MD5):
+        return data_dir
+    return folder if folder.exists() else None
 
 
 def load_cifar100(data_dir="data", train=True, url=None):
     """images (N, 32, 32, 3) uint8 and labels (N,) int64; N is 50,000 if train, else 10,000.
 
-    Downloads the archive if there is no cifar-100-python yet.
+    Downloads the archive if find_cifar100 finds nothing.
 
     data_dir: the folder that holds cifar-100-python, or that folder itself; it may be read-only if it is
-    complete. url: where to get the archive; any byte-identical copy will do, since torchvision compares MD5
-    sums before it unpacks or unpickles anything. Raises ScriptError, code 1 if the download fails, 2 if the
-    files are not the official ones.
+    complete. url: where to get the archive; any byte-identical copy will do, since MD5 sums are compared
+    before anything is unpacked or unpickled. Raises ScriptError, code 1 if the download fails, 2 if the files
+    are not the official ones.
     """
-    try:
-        import torchvision  # here, because only CIFAR-100 needs it
-    except (ImportError, RuntimeError, AttributeError, OSError) as error:
+    folder = find_cifar100(data_dir) or download(Path(data_dir).expanduser().resolve(), url or ARCHIVE_URL)
+    files = {name: (folder / name).read_bytes() if (folder / name).is_file() else b"" for name in FILES_MD5}
+    wrong = [f"{name} (MD5 {md5})" for name, md5 in FILES_MD5.items() if md5_of(files[name]) != md5]
+    if wrong:
         raise ScriptError(
-            f"torchvision does not go with torch {torch.__version__} ({error}); pip install -r requirements.txt in a fresh environment"
-        ) from None
-
-    data_dir = Path(data_dir).expanduser().resolve()
-    folder = data_dir if (data_dir / "train").exists() else data_dir / "cifar-100-python"
-
-    class CIFAR100(torchvision.datasets.CIFAR100):
-        pass
-
-    CIFAR100.url, CIFAR100.base_folder = url or ARCHIVE_URL, folder.name
-    if not folder.exists():
-        download(CIFAR100, data_dir)
-    try:
-        dataset = CIFAR100(folder.parent, train)
-    except (RuntimeError, OSError):  # torchvision says the same for missing and damaged files
-        files = [*CIFAR100.train_list, *CIFAR100.test_list, [CIFAR100.meta["filename"], CIFAR100.meta["md5"]]]
-        intact = torchvision.datasets.utils.check_integrity
-        wrong = [f"{name} (MD5 {md5})" for name, md5 in files if not intact(folder / name, md5)]
-        raise ScriptError(
-            f"{folder} is not the official CIFAR-100: missing, unreadable or altered: {', '.join(wrong)}; "
+            f"{folder} is not the official CIFAR-100: missing or altered: {', '.join(wrong)}; "
             "point --data-dir elsewhere, or delete that folder to download it again"
-        ) from None
-    return torch.from_numpy(np.ascontiguousarray(dataset.data)), torch.tensor(dataset.targets)
+        )
+    content = pickle.loads(files["train" if train else "test"], encoding="latin1")  # written by Python 2
+    images = content["data"].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+    return torch.from_numpy(np.ascontiguousarray(images)), torch.tensor(content["fine_labels"])
 
 
-def download(cifar100, data_dir):
-    """Fetch and unpack the archive (161 MB) into data_dir, with a time-out that torchvision does not set."""
+def md5_of(content):
+    return hashlib.md5(content, usedforsecurity=False).hexdigest()  # else FIPS systems refuse it
+
+
+def download(data_dir, url):
+    """Fetch and unpack the archive into data_dir/cifar-100-python, which appears when it is complete."""
     if data_dir.is_file() or (data_dir / "batches.meta").exists():
         raise ScriptError(f"--data-dir {data_dir} is a file, or CIFAR-10; name a folder for cifar-100-python")
-    print(f"downloading {cifar100.url} to {data_dir}: 161 MB, and its server can take an hour", flush=True)
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(TIMEOUT)
+    folder = data_dir / "cifar-100-python"
     try:
-        cifar100(data_dir, train=False, download=True)
-    except (OSError, RuntimeError, ValueError, EOFError, tarfile.TarError, http.client.HTTPException) as error:
+        data_dir.mkdir(parents=True, exist_ok=True)
+        with open(data_dir / ".cifar-100-python.lock", "w") as lock:
+            wait_for(lock)
+            if folder.exists():  # the process that we waited for has fetched it
+                return folder
+            archive = tarfile.open(fileobj=io.BytesIO(fetch(url)))
+            with tempfile.TemporaryDirectory(prefix=".cifar-100-", dir=data_dir) as partial:
+                unpacked = Path(partial, "cifar-100-python")
+                unpacked.mkdir()
+                for name in FILES_MD5:  # nothing else, and to no path that the archive names
+                    (unpacked / name).write_bytes(archive.extractfile(f"cifar-100-python/{name}").read())
+                os.replace(unpacked, folder)
+    except OSError as error:
+        reason = f"there is no cifar-100-python in {data_dir}, and none can be written to it ({error})"
+        raise ScriptError(f"{reason}; use another --data-dir", code=1) from None
+    return folder
+
+
+def wait_for(lock):
+    """Lock an open file once no other process does. The lock ends with its process, however that ends."""
+    try:
+        import fcntl
+
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print("another process is downloading CIFAR-100; waiting for it", flush=True)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+    except (ImportError, OSError):
+        pass  # Windows, and some network drives, have no such locks
+
+
+def fetch(url):
+    """The bytes of the archive, their MD5 checked. Says how fast it comes and how long it takes."""
+    other = ARCHIVE_URL if url == MIRROR_URL else MIRROR_URL
+    print(f"downloading {url}", flush=True)
+    content, progress, start, warned = bytearray(), Progress(), time.monotonic(), False
+    try:
+        with urllib.request.urlopen(url, timeout=TIMEOUT) as response:
+            while len(content) <= ARCHIVE_SIZE and (chunk := response.read1(65536)):  # what has arrived
+                content += chunk
+                done, seconds = len(content) / ARCHIVE_SIZE, time.monotonic() - start
+                left = seconds / done - seconds
+                if seconds > TIMEOUT and left > 600 and not warned:
+                    warned = True
+                    progress.clear()
+                    print(f"this takes {duration(left)}; another server has the same file:", flush=True)
+                    print(f"  --data-url {other}", flush=True)
+                if progress.due():
+                    speed = f"{len(content) / 1e6 / seconds:.2f} MB/s"
+                    progress.show(f"{done:.0%} of {ARCHIVE_SIZE / 1e6:.0f} MB, {speed}, {duration(left)} left")
+        if md5_of(content) != ARCHIVE_MD5:
+            raise ValueError(f"{len(content):,} bytes came, with another MD5")
+    except (OSError, ValueError, http.client.HTTPException) as error:
         raise ScriptError(
-            f"cannot get CIFAR-100 from {cifar100.url} ({error}); on Kaggle, switch the notebook's Internet on; or use "
-            f"--data-dir FOLDER with a copy on this disk, --data-url URL of any copy with MD5 {ARCHIVE_MD5}, "
-            "or --dataset synthetic",
+            f"cannot get CIFAR-100 from {url} ({error}); try --data-url {other}, or any other copy with MD5 "
+            f"{ARCHIVE_MD5}, or --data-dir FOLDER with a copy on this disk; on Kaggle, switch the notebook's "
+            "Internet on; train.py --quick needs no download",
             code=1,
         ) from None
     finally:
-        socket.setdefaulttimeout(before)
+        progress.clear()
+    return content
 
 
 @functools.cache  # a process that trains and evaluates makes it once
@@ -168,14 +236,18 @@ def split_train_val(labels, val_size, seed):
 
 
 def split_id(val_index):
-    """A checksum of the split: another one means that NumPy's generator has changed, and a checkpoint's with it."""
+    """A checksum of the split: it changes if another NumPy draws another split for the same seed."""
     return zlib.crc32(val_index.numpy().tobytes())
 
 
 def normalize(images):
-    """uint8 (B, 32, 32, 3) to float32 (B, 3, 32, 32), zero mean and unit variance per channel, channels_last in memory."""
+    """uint8 (B, 32, 32, 3) to float32 (B, 3, 32, 32), zero mean and unit variance per channel.
+
+    In memory it stays channels_last, except on Apple's GPUs (see utils.memory_format).
+    """
     mean, std = _mean_std(images.device)
-    return (images.permute(0, 3, 1, 2).float() - mean) / std
+    images = (images.permute(0, 3, 1, 2).float() - mean) / std
+    return images.contiguous(memory_format=memory_format(images.device))
 
 
 @functools.cache  # one copy to each device, not one in every step
@@ -184,7 +256,7 @@ def _mean_std(device):
 
 
 def pad(images):
-    """(N, 32, 32, 3) uint8 to (N, 40, 40, 3): four black pixels on each side, as RandomCrop(32, padding=4) adds."""
+    """(N, 32, 32, 3) uint8 to (N, 40, 40, 3): four black pixels on each side, as RandomCrop(32, 4) adds."""
     return F.pad(images, (0, 0, 4, 4, 4, 4))
 
 
@@ -211,3 +283,196 @@ def augment(padded, index, offsets, flips):
     rows = offsets[:, :1] + window  # (B, 32)
     columns = offsets[:, 1:] + torch.where(flips[:, None], 31 - window, window)  # (B, 32)
     return normalize(padded[index[:, None, None], rows[:, :, None], columns[:, None, :]])
+
+
+def mix_plan(seed, epoch, steps, mixup=0.0, cutmix=0.0):
+    """How each batch of an epoch is mixed: a list of (lam, box), from (seed, epoch) alone like epoch_plan.
+
+    mixup, cutmix: the alpha of each; if both are above 0, every batch takes one of them at random. lam: the
+    share of an image that stays, drawn from Beta(alpha, alpha). box: the rows and columns that CutMix
+    replaces, centred anywhere and cut off at the edges, after which lam is the share outside; None for MixUp.
+    Zhang et al., arXiv:1710.09412; Yun et al., arXiv:1905.04899.
+    """
+    rng, plan = np.random.default_rng([seed, epoch, 1]), []
+    for _ in range(steps):
+        cut = cutmix > 0 and (mixup == 0 or rng.random() < 0.5)
+        lam, box = rng.beta(*[cutmix if cut else mixup] * 2), None
+        if cut:
+            center, half = rng.integers(0, 32, 2), int(16 * math.sqrt(1 - lam))
+            (top, left), (bottom, right) = np.maximum(center - half, 0), np.minimum(center + half, 32)
+            lam = 1 - (bottom - top) * (right - left) / 32**2
+            box = slice(top, bottom), slice(left, right)
+        plan.append((float(lam), box))
+    return plan
+
+
+def mix(images, labels, lam, box):
+    """Mix each image of a batch with the one before it, as an entry of mix_plan says.
+
+    Returns (images, labels, other labels, lam): the loss is lam times that for the labels plus 1 - lam times
+    that for the others. The labels are the dominant ones, so lam is at least 0.5. images: (B, 3, 32, 32),
+    changed in place by CutMix. labels: (B,).
+    """
+    others = labels.roll(1)
+    if box is None:
+        images = images.lerp(images.roll(1, 0), 1 - lam)
+    else:
+        images[..., box[0], box[1]] = images[..., box[0], box[1]].roll(1, 0)
+    return (images, labels, others, lam) if lam >= 0.5 else (images, others, labels, 1 - lam)
+
+
+# ---- corruptions -------------------------------------------------------------------------------------------
+
+STRENGTHS = {  # at severity 1, 2, 3, 4, 5
+    "gaussian_noise": (0.04, 0.06, 0.08, 0.09, 0.10),  # standard deviation; white is 1
+    "shot_noise": (500, 250, 100, 75, 50),  # photons of a white pixel
+    "impulse_noise": (0.01, 0.02, 0.03, 0.05, 0.07),  # share of the values that become 0 or 1
+    "defocus_blur": ((0.3, 0.4), (0.4, 0.5), (0.5, 0.6), (1, 0.2), (1.5, 0.1)),  # radius, sigma of its edge
+    "glass_blur": ((0.05, 1), (0.25, 1), (0.4, 1), (0.25, 2), (0.4, 2)),  # sigma, times that pixels move
+    "zoom_blur": (1.06, 1.11, 1.16, 1.21, 1.26),  # largest magnification
+    "fog": ((0.2, 3), (0.5, 3), (0.75, 2.5), (1, 2), (1.5, 1.75)),  # thickness, smoothness
+    "brightness": (0.05, 0.1, 0.15, 0.2, 0.3),  # added to the V of HSV
+    "contrast": (0.75, 0.5, 0.4, 0.3, 0.15),  # factor
+    "elastic_transform": (  # shift of three points; amplitude and sigma of the field that moves each pixel
+        (2.56, 0, 0), (2.24, 1.6, 6.4), (1.92, 2.56, 1.92), (1.6, 3.2, 1.28), (0.96, 3.2, 0.96),
+    ),
+    "pixelate": (30, 28, 27, 24, 20),  # pixels to a side
+    "jpeg_compression": (80, 65, 58, 50, 40),  # quality
+}
+CORRUPTIONS = tuple(STRENGTHS)
+
+
+def corrupt(images, name, severity, seed=0):
+    """(N, 32, 32, 3) uint8 CPU images, corrupted: CIFAR-100-C style, re-implemented. Same shape and dtype.
+
+    name: one of CORRUPTIONS. severity: 1 to 5. Operations and strengths are those of CIFAR-100-C (Hendrycks
+    and Dietterich, arXiv:1903.12261) without motion blur, snow and frost, which need ImageMagick or
+    photographs. The noise comes from the seed, the corruption, the severity and the image's place in the
+    call, so image i gets the same whatever N is. Raises ValueError for a wrong argument.
+    """
+    if name not in CORRUPTIONS:
+        raise ValueError(f"unknown corruption {name!r}; there are {', '.join(CORRUPTIONS)}")
+    if severity not in range(1, 6):
+        raise ValueError(f"severity {severity!r} is not one of 1, 2, 3, 4, 5")
+    dtype, shape = getattr(images, "dtype", ""), tuple(getattr(images, "shape", ()))
+    if dtype != torch.uint8 or shape[1:] != (32, 32, 3):
+        found = f"{type(images).__name__} {dtype} {shape}"
+        raise ValueError(f"images must be a uint8 tensor (N, 32, 32, 3), not {found}")
+    corrupted = torch.empty_like(images)
+    for start in range(0, len(images), 500):  # in blocks, to save memory
+        block = images[start : start + 500].numpy()
+        keys = [[seed, CORRUPTIONS.index(name), severity, start + i] for i in range(len(block))]
+        rngs = [np.random.default_rng(key) for key in keys]
+        pixels = _corrupted(block, name, STRENGTHS[name][severity - 1], rngs)
+        pixels = (np.clip(pixels, 0, 1) * 255).astype(np.uint8)  # truncates, as the original does
+        corrupted[start : start + 500] = torch.from_numpy(pixels)
+    return corrupted
+
+
+def _corrupted(images, name, strength, rngs):
+    """Pixels (N, 32, 32, 3), 0 to 1 before clipping, of uint8 images. rngs: one generator per image."""
+    x = images / 255.0
+    planes = torch.from_numpy(x).permute(0, 3, 1, 2)  # (N, 3, 32, 32)
+    if name == "gaussian_noise":
+        return x + np.stack([rng.normal(0, strength, (32, 32, 3)) for rng in rngs])
+    if name == "shot_noise":
+        return np.stack([rng.poisson(image * strength) for image, rng in zip(x, rngs)]) / strength
+    if name == "impulse_noise":
+        hit, white = np.stack([rng.random((2, 32, 32, 3)) for rng in rngs], axis=1)
+        return np.where(hit < strength, white < 0.5, x)
+    if name == "defocus_blur":  # a point becomes a disk with a soft edge
+        radius, sigma = strength
+        squares = torch.tensor([1.0, 0.0, 1.0], dtype=torch.float64)  # of the distance from the centre
+        disk = (squares[:, None] + squares <= radius**2).double()
+        gauss = torch.exp(-squares / (2 * sigma**2))
+        kernel = F.conv2d(disk[None, None], torch.outer(gauss, gauss)[None, None], padding=1)
+        kernel *= (1 + 1e-8) / kernel.sum()  # so that truncation leaves even areas as they are
+        planes = F.pad(planes, (1, 1, 1, 1), mode="reflect")
+        return F.conv2d(planes, kernel.expand(3, 1, 3, 3), groups=3).permute(0, 2, 3, 1).numpy()
+    if name == "glass_blur":
+        sigma, times = strength
+        pixels = (_gaussian_blur(x, sigma, 4, "edge") * 255).astype(np.uint8)
+        n, rows, columns = np.ogrid[: len(x), 2:32, 2:32]
+        for _ in range(times):  # the original means to swap two pixels, but copies one, and so do we
+            up, left = np.stack([rng.integers(0, 2, (2, 30, 30)) for rng in rngs], axis=1)
+            pixels[:, 2:, 2:] = pixels[n, rows - up, columns - left]
+        return _gaussian_blur(pixels / 255.0, sigma, 4, "edge")
+    if name == "zoom_blur":  # the mean of the image and its magnifications by 1, 1.01, ...
+        planes, factors = planes.float(), np.arange(1, strength, 0.01)
+        total = planes.clone()
+        for factor in factors:
+            cut = math.ceil(32 / factor)
+            size, first = round(cut * factor), (32 - cut) // 2
+            part = planes[:, :, first : first + cut, first : first + cut]
+            part = F.interpolate(part, (size, size), mode="bilinear", align_corners=True)
+            first = (size - 32) // 2
+            total += part[:, :, first : first + 32, first : first + 32]
+        return (total / (len(factors) + 1)).permute(0, 2, 3, 1).numpy()
+    if name == "fog":
+        thickness, smoothness = strength
+        white = x.max((1, 2, 3), keepdims=True)
+        return (x + thickness * _clouds(smoothness, rngs)[..., None]) * white / (white + thickness)
+    if name == "brightness":  # hue and saturation stay if all three colours grow by the same factor
+        value = x.max(3, keepdims=True)
+        return np.clip(value + strength, 0, 1) * (1 - (value - x) / np.maximum(value, 1e-9))
+    if name == "contrast":
+        mean = x.mean((1, 2), keepdims=True)
+        return (x - mean) * strength + mean
+    if name == "elastic_transform":
+        return _elastic(planes, *strength, rngs).permute(0, 2, 3, 1).numpy()
+    pictures = [Image.fromarray(image) for image in images]
+    if name == "pixelate":
+        pictures = [picture.resize((strength, strength), Image.BOX) for picture in pictures]
+        return np.stack([picture.resize((32, 32), Image.BOX) for picture in pictures]) / 255.0
+    files = [io.BytesIO() for _ in pictures]  # jpeg_compression
+    for picture, file in zip(pictures, files):
+        picture.save(file, "JPEG", quality=strength)
+    return np.stack([Image.open(file) for file in files]) / 255.0
+
+
+def _gaussian_blur(x, sigma, truncate, edge):
+    """(N, 32, 32, C) blurred in both directions; the kernel ends at truncate * sigma. edge: see np.pad."""
+    radius = int(truncate * sigma + 0.5)
+    kernel = np.exp(-((np.arange(-radius, radius + 1) / sigma) ** 2) / 2)
+    sources = np.pad(np.arange(32), radius, mode=edge)  # the pixels of a padded row
+    windows = np.lib.stride_tricks.sliding_window_view(sources, len(kernel))  # (32, len(kernel))
+    blur = kernel / kernel.sum() @ np.eye(32)[windows]  # (32, 32): row i makes pixel i
+    return np.einsum("hi,wj,nijc->nhwc", blur, blur, x, optimize=True)
+
+
+def _clouds(smoothness, rngs):
+    """(N, 32, 32) in [0, 1] by the diamond-square algorithm; opposite edges are neighbours.
+
+    A point between four known ones gets their mean and a random shift, at ever smaller distances and shifts.
+    """
+    height, step, shift = np.zeros((len(rngs), 32, 32)), 32, 10_000
+    while step >= 2:
+        half = step // 2
+        shifts = [rng.uniform(-shift, shift, (3, 32 // step, 32 // step)) for rng in rngs]
+        shifts = np.stack(shifts, axis=1)
+        corners = height[:, ::step, ::step]
+        right, below = corners + np.roll(corners, -1, 2), corners + np.roll(corners, -1, 1)
+        centres = (right + np.roll(right, -1, 1)) / 4 + shifts[0]
+        height[:, half::step, half::step] = centres
+        height[:, ::step, half::step] = (right + centres + np.roll(centres, 1, 1)) / 4 + shifts[1]
+        height[:, half::step, ::step] = (below + centres + np.roll(centres, 1, 2)) / 4 + shifts[2]
+        step, shift = half, shift / smoothness**2
+    height -= height.min((1, 2), keepdims=True)
+    return height / height.max((1, 2), keepdims=True)
+
+
+def _elastic(planes, shift, amplitude, sigma, rngs):
+    """(N, 3, 32, 32): an affine map, given by random shifts of three points, then a smooth random field."""
+    points = np.array([[26, 26, 1], [26, 6, 1], [6, 6, 1]])  # column, row, 1
+    moved = np.stack([points + np.pad(rng.uniform(-shift, shift, (3, 2)), [(0, 0), (0, 1)]) for rng in rngs])
+    back = np.linalg.solve(moved, points)[..., :2]  # (N, 3, 2): from a pixel to the place of its colour
+    columns, rows = np.meshgrid(np.arange(32), np.arange(32))
+    places = np.stack([columns, rows, np.ones_like(rows)], axis=2)  # (32, 32, 3)
+    grid = 2 * (places @ back[:, None]) / 31 - 1  # -1 and 1: centres of the outermost pixels
+    planes = F.grid_sample(planes, torch.from_numpy(grid), padding_mode="reflection", align_corners=True)
+    if amplitude == 0:
+        return planes
+    field = np.stack([rng.uniform(-1, 1, (32, 32, 2)) for rng in rngs])
+    field = amplitude * _gaussian_blur(field, sigma, 3, "symmetric")
+    grid = (2 * (places[..., :2] + field) + 1) / 32 - 1  # -1 and 1: their outer edges
+    return F.grid_sample(planes, torch.from_numpy(grid), padding_mode="reflection", align_corners=False)

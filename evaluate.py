@@ -1,572 +1,691 @@
-"""Score trained runs on the CIFAR-100 test set.
+"""Score trained runs on the CIFAR-100 test set, and judge what a change does.
 
     python evaluate.py runs/baseline                        # one run
-    python evaluate.py runs/baseline runs/smoothing0.1      # side by side, below the published numbers
-    python evaluate.py runs/baseline* runs/smoothing0.1*    # several seeds of each: a verdict on the study's claims
+    python evaluate.py runs/baseline* runs/smoothing0.1*    # a verdict
+    python evaluate.py runs/baseline runs/smoothing0.1 --stress
 
-Writes into each run directory test_logits.npy (10000, 100) float32 and test_labels.npy (10000,) int64, where
-row i is test image i; the same for the 5,000 validation images; metrics.json (fractions, 95 % intervals under
-ci95); confusion.npy (row = true class, column = predicted), confusion.png, per_class.csv, per_class.png,
-superclasses.csv, label_errors.csv and reliability.png. Logits that are there already are not computed again:
-then neither checkpoint nor data set is needed. The first run of every further recipe is compared with the first
-run of all, image by image: comparison.json and its two figures. Each further recipe gets a verdict against the
-first one, in verdict.json and verdict.png. --ensemble writes ensemble.csv and ensemble.json.
+Runs of one recipe differ in the seed alone. The first recipe is the baseline;
+every other one gets a verdict on the study's claims, with intervals that
+cover the choice of test images and the randomness of training.
+
+The file in the order of its story: logits of a run -> what is known of each
+image -> metrics, as weighted means over images -> bootstrap weights, which
+give the intervals -> claims, as arithmetic on the same draws -> tables and
+pictures. To add a metric, add a line to metrics(); to add a claim, add an
+entry to CLAIMS.
+
+Writes into each run directory test_logits.npy (10000, 100) float32 and
+test_labels.npy (10000,) int64, where row i is test image i; the same for the
+validation images; metrics.json (fractions, 95 % intervals under ci95);
+confusion.npy (row = true class, column = predicted), confusion.png,
+per_class.csv, per_class.png and reliability.png. The verdict goes to
+verdict.json and verdict.png of the first changed run. --stress adds
+stress_preds.npy, stress_confidence.npy, stress.csv and stress.png. Logits
+that are there already are not computed again.
 """
 
+import functools
 import itertools
 import json
 import math
+import textwrap
+import time
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Callable
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 import utils
-from data import NUM_CLASSES, SUPERCLASS_OF, SUPERCLASSES, TITLES, class_names, load_dataset, normalize
-from data import split_id, split_train_val
-from model import resnet18
-from utils import ScriptError, calibration_bins, calibration_error, confusion_matrix, log_softmax
+from data import CORRUPTIONS, NUM_CLASSES, SMALL_ANIMALS, SUPERCLASS_OF, SUPERCLASSES, TITLES
+from data import class_names, corrupt, load_dataset, normalize, split_id, split_train_val
+from utils import ScriptError, calibration_bins, confusion_matrix, log_softmax, warn
 
-# The study that this collection rebuilds, its baseline: ResNet-18, CIFAR-100 test set.
+# The study's one run: ResNet-18 with smoothing 0.1, best epoch of 40, CIFAR-100 test set.
 PUBLISHED = {"accuracy": 0.6596, "macro_precision": 0.6611, "macro_recall": 0.6596, "macro_f1": 0.6588}
 
 ARRAYS = ("test_logits.npy", "test_labels.npy", "val_logits.npy", "val_labels.npy")
+CONFIDENT = 0.9  # the study's failures are wrong with a confidence above this
+UNSCALED = {  # metrics that a temperature leaves alone
+    "accuracy", "macro_precision", "macro_recall", "macro_f1", "top5_accuracy",
+    "superclass_accuracy", "errors_within_superclass",
+}  # fmt: skip
+MARGIN = 0.01  # accuracies within a point of each other count as the same
+RESAMPLES, BLOCK = 2000, 50  # bootstrap resamples of the test images, and how many are handled at once
 
 
-# ---- logits ------------------------------------------------------------------------------------------------
+# ---- logits ---------------------------------------------------------------------------------------------
 
 
-def compute_logits(run_dir, config, data_dir, device):
+def compute_logits(run_dir, dataset, data_dir, device):
     """Run best.pt over the test and the validation images in float32; save logits and labels."""
     checkpoint = utils.load_checkpoint(run_dir / "best.pt")
-    trained = checkpoint["args"]
-    model = resnet18(width=trained["width"])
-    utils.load_weights(model, checkpoint["model"], run_dir / "best.pt")
-    model.to(device, memory_format=torch.channels_last)
-
-    images, labels = load_dataset(config["dataset"], data_dir, train=True)
-    _, val_index = split_train_val(labels, trained["val_size"], trained["seed"])
+    model = utils.network(checkpoint, run_dir / "best.pt", device)
+    images, labels = load_dataset(dataset, data_dir, train=True)
+    _, val_index = split_train_val(labels, checkpoint["args"]["val_size"], checkpoint["args"]["seed"])
     if checkpoint.get("split") != split_id(val_index):
         reason = "this version of NumPy splits training and validation images differently"
         raise ScriptError(f"{run_dir}: {reason}; evaluate with the version in config.json")
-    splits = {"val": (images[val_index], labels[val_index])}
-    splits["test"] = load_dataset(config["dataset"], data_dir, train=False)
+    splits = {"val": (images[val_index], labels[val_index]), "test": load_dataset(dataset, data_dir, train=False)}
     print(f"{run_dir}: logits of best.pt, epoch {checkpoint['epoch']}, on {utils.device_name(device)}", flush=True)
-    arrays = {}
     for split, (images, labels) in splits.items():
         batches = utils.track(images.split(500), f"{split} batch")
         logits = utils.predict(model, (normalize(batch.to(device)) for batch in batches))
-        arrays |= {f"{split}_logits.npy": logits.cpu().numpy(), f"{split}_labels.npy": labels.numpy()}
-    (run_dir / "metrics.json").unlink(missing_ok=True)  # it describes the files that are replaced now
-    for name, array in arrays.items():
-        write_array(run_dir / name, array)
+        utils.write_npy(run_dir / f"{split}_logits.npy", logits.cpu().numpy())
+        utils.write_npy(run_dir / f"{split}_labels.npy", labels.numpy())
+    # The scores come later; until then metrics.json says which best.pt these logits belong to.
+    utils.write_json(run_dir / "metrics.json", {"sha256": checksums(run_dir)})
 
 
-def write_array(path, array):
-    utils.write_file(path, lambda file: np.save(file, array, allow_pickle=False))
+def checksums(run_dir):
+    """{file: SHA-256} of the arrays and of the best.pt that they come from, also where that is not here any more."""
+    found = {name: utils.sha256(run_dir / name) for name in ("best.pt", *ARRAYS)}
+    found["best.pt"] = found["best.pt"] or known_checksums(run_dir).get("best.pt")
+    return found
 
 
-def logits_are_current(run_dir):
-    """Whether the saved logits can stand: they came from best.pt, by metrics.json, or there is no best.pt."""
-    if not all((run_dir / name).exists() for name in ARRAYS):
-        return False
-    if not (run_dir / "best.pt").exists():
-        return True
-    if not (run_dir / "metrics.json").exists():
-        return False
-    metrics = utils.read_json(run_dir / "metrics.json", f"python evaluate.py {utils.quote(run_dir)} --refresh")
-    return (metrics.get("sha256") or {}).get("best.pt") == utils.sha256(run_dir / "best.pt")
+def known_checksums(run_dir):
+    """The checksums in metrics.json, or {} if there are none or it is damaged: then the scores are made anew."""
+    try:
+        return dict(json.loads((run_dir / "metrics.json").read_text())["sha256"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
 
 
-# ---- metrics -----------------------------------------------------------------------------------------------
+# ---- one run --------------------------------------------------------------------------------------------
 
 
-def image_scores(logits, labels):
-    """What is known of each image, as a dict of (N,) arrays; the mean of most of them is a metric.
+@dataclass
+class Scores:
+    """What a run predicts, for each of N test images: arrays (N,). Metrics are weighted means of these."""
 
-    probs ((N, C), their softmax), pred, confidence (largest probability), correct, top5, nll (nats), brier
-    (sum over classes of (p - target)^2, in [0, 2]), superclass (right, or the error stays in the
-    superclass), within (wrong, but in the superclass).
-    """
+    pred: np.ndarray  # int64
+    confidence: np.ndarray  # largest softmax probability
+    correct: np.ndarray  # bool
+    top5: np.ndarray  # bool: the true class is among the five most likely; where logits tie, the lower label leads
+    nll: np.ndarray  # -log of the true class's probability, in nats
+    brier: np.ndarray  # sum over the classes of (probability - target)^2, in [0, 2]
+    same_superclass: np.ndarray  # bool: right, or an error inside the true superclass
+
+    @property
+    def failures(self):
+        """(N,) bool: the study's confident failures."""
+        return ~self.correct & (self.confidence > CONFIDENT)
+
+
+def score_images(logits, labels):
+    """Scores of logits (N, C) and labels (N,)."""
     log_probs = log_softmax(logits)
     probs = np.exp(log_probs)
     rows, pred = np.arange(len(labels)), logits.argmax(1)
-    correct = pred == labels
-    ranked = np.argsort(-logits, axis=1, kind="stable")  # where logits tie, the lower label comes first
-    superclass = SUPERCLASS_OF[pred] == SUPERCLASS_OF[labels]
-    return {
-        "probs": probs,
-        "pred": pred,
-        "confidence": probs[rows, pred],
-        "correct": correct,
-        "top5": (ranked[:, :5] == labels[:, None]).any(1),
-        "nll": -log_probs[rows, labels],
-        "brier": (probs**2).sum(1) - 2 * probs[rows, labels] + 1,
-        "superclass": superclass,
-        "within": superclass & ~correct,
-    }
-
-
-def confident_failures(scores):
-    """(N,) bool: wrong with confidence above 0.90, the study's notion of a failure."""
-    return ~scores["correct"] & (scores["confidence"] > 0.9)
+    true_logits = logits[rows, labels][:, None]
+    ahead = (logits > true_logits) | ((logits == true_logits) & (np.arange(logits.shape[1]) < labels[:, None]))
+    return Scores(
+        pred=pred,
+        confidence=probs[rows, pred],
+        correct=pred == labels,
+        top5=ahead.sum(1) < 5,
+        nll=-log_probs[rows, labels],
+        brier=(probs**2).sum(1) - 2 * probs[rows, labels] + 1,
+        same_superclass=SUPERCLASS_OF[pred] == SUPERCLASS_OF[labels],
+    )
 
 
 def fit_temperature(logits, labels):
     """The T > 0 that minimises the NLL of logits / T, Guo et al., arXiv:1706.04599.
 
-    Fit it on images held out from training, and never on those that are scored.
-
-    The NLL is convex in b = 1/T, and its derivative, the mean of (sum_k p_k z_k) - z_y, only rises: bisect
-    for its zero. Searched in 0.01..100; where the NLL has no minimum there, as with no error at all, the
+    Fit it on images held out from training, and never on those that are scored. The NLL is convex in b = 1/T;
+    its derivative is the mean of (sum_k p_k z_k) - z_y, its second derivative the mean variance of z under p:
+    Newton's method. Searched in 0.01..100; where the NLL has no minimum there, as with no error at all, the
     nearer bound comes back.
     """
     true_logits = logits[np.arange(len(labels)), labels]
-    low, high = math.log(1 / 100), math.log(1 / 0.01)  # of log b
-    for _ in range(50):
-        middle = (low + high) / 2
-        probs = np.exp(log_softmax(logits * math.exp(middle)))
-        if ((probs * logits).sum(1) - true_logits).mean() > 0:
-            high = middle
-        else:
-            low = middle
-    return math.exp(-(low + high) / 2)
+    b = 1.0
+    for _ in range(100):
+        probs = np.exp(log_softmax(b * logits))
+        mean = (probs * logits).sum(1)
+        slope = (mean - true_logits).mean()
+        curvature = ((probs * logits**2).sum(1) - mean**2).mean()
+        step = slope / max(curvature, 1e-12)
+        new = min(max(b - step, b / 2, 0.01), 2 * b, 100.0)  # at most by a factor of two: far out, Newton overshoots
+        if abs(new - b) < 1e-9 * b:
+            break
+        b = new
+    return 1 / b
 
 
-def adaptive_calibration_error(confidence, correct, num_bins=15):
-    """ECE over bins of equally many images instead of equal width. Nixon et al., arXiv:1904.01685."""
-    gaps = (confidence - correct)[np.argsort(confidence, kind="stable")]
-    return float(sum(abs(part.sum()) for part in np.array_split(gaps, num_bins)) / len(gaps))
+@dataclass(eq=False)
+class Run:
+    """A trained run on the test images, as the rest of this file sees it."""
+
+    name: str
+    config: dict  # of config.json
+    logits: np.ndarray  # (N, 100) float64
+    labels: np.ndarray  # (N,) int64
+    temperature: float | None  # None for an ensemble, whose members are scaled one by one
+    scaled_logits: np.ndarray = None  # after temperature scaling
+    folder: Path | None = None
+    stress: "Stress | None" = None
+    raw: Scores = field(init=False)
+    scaled: Scores = field(init=False)
+    values: dict = field(init=False)  # {metric: float}
+    draws: dict = field(init=False, default_factory=dict)  # {metric: (RESAMPLES,)}, once measure() was called
+
+    def __post_init__(self):
+        if self.scaled_logits is None:
+            self.scaled_logits = self.logits / self.temperature
+        self.raw, self.scaled = score_images(self.logits, self.labels), score_images(self.scaled_logits, self.labels)
+        once = np.ones((1, len(self.labels)))
+        raw, scaled = metrics(self.raw, self.labels, once), metrics(self.scaled, self.labels, once)
+        for found, scores in ((raw, self.raw), (scaled, self.scaled)):
+            found["ece_null"] = [calibrated_ece(scores.confidence)]
+        self.values = {name: float(value[0]) for name, value in raw.items()}
+        self.values |= {f"{name}_scaled": float(scaled[name][0]) for name in raw if name not in UNSCALED}
+
+    @property
+    def seed(self):
+        return self.config["args"].get("seed")
+
+    @property
+    def smoothing(self):
+        return self.config["args"].get("smoothing") or 0.0
+
+    def measure(self, weights):
+        """Fill draws: every metric in every resample of the test images."""
+        blocks = [metrics(self.raw, self.labels, w) for w in blocks_of(weights)]
+        self.draws = {name: np.concatenate([block[name] for block in blocks]) for name in blocks[0]}
 
 
-def null_calibration_error(confidence, draws=1000, seed=0):
-    """ECE that a perfectly calibrated model of these confidences would show on average: the noise floor.
+def read_run(run_dir, config):
+    """The Run of a directory that has logits."""
+    logits, labels = utils.load_logits(run_dir, "test")
+    temperature = fit_temperature(*utils.load_logits(run_dir, "val"))
+    return Run(run_dir.name, config, logits, labels, temperature, folder=run_dir)
 
-    The labels are redrawn: image i is right with probability confidence_i. Broecker and Smith 2007.
+
+def ensemble(runs):
+    """(Run of the mean probability, {what: (N,)}): a deep ensemble, Lakshminarayanan et al., arXiv:1612.01474.
+
+    disagreement: share of the pairs of members that predict different classes. mutual_information: entropy of
+    the mean probability minus the members' mean entropy, in nats (Depeweg et al., arXiv:1710.07283).
+    Scaled: the mean of the scaled probabilities. A temperature of its own would need validation images that no
+    member was trained on, and another seed has others.
     """
-    rng = np.random.default_rng(seed)
-    outcomes = (rng.random(len(confidence)) < confidence for _ in range(draws))
-    return float(np.mean([calibration_error(confidence, correct) for correct in outcomes]))
 
-
-def risk_coverage(confidence, correct):
-    """Error rates (N,) among the 1, 2, ... N most confident images; their mean is the AURC, lower is better.
-
-    Geifman, Uziel, El-Yaniv, arXiv:1805.08206. Images of equal confidence share their error rate, which is
-    the mean over all orders of the tied images.
-    """
-    _, tie, count = np.unique(-confidence, return_inverse=True, return_counts=True)
-    errors = (np.bincount(tie, ~correct) / count)[tie]
-    return np.cumsum(errors[np.argsort(tie, kind="stable")]) / np.arange(1, len(errors) + 1)
-
-
-def best_aurc(error_rate):
-    """AURC of a perfect ranking, every error below every correct image: r + (1 - r) ln(1 - r).
-
-    AURC minus this is E-AURC: what the ranking adds to the errors themselves.
-    """
-    accuracy = 1 - np.asarray(error_rate, np.float64)
-    return 1 - accuracy + accuracy * np.log(np.maximum(accuracy, 1e-300))
-
-
-def failure_auroc(confidence, correct):
-    """P(a correct image is more confident than a wrong one), ties half; None without errors or hits."""
-    hits, errors = int(correct.sum()), int((~correct).sum())
-    if not hits or not errors:
-        return None
-    _, tie, count = np.unique(confidence, return_inverse=True, return_counts=True)
-    rank = (np.cumsum(count) - (count - 1) / 2)[tie]  # from 1, the mean rank where tied
-    return float((rank[correct].sum() - hits * (hits + 1) / 2) / (hits * errors))
-
-
-def resample(labels, resamples=2000, seed=0):
-    """Yield blocks (100, N) float32: how often each test image is drawn in each of 100 bootstrap resamples.
-
-    The test set has 100 images of every class by design, so each class is redrawn from its own images. The
-    same seed gives the same resamples: that is what pairs two runs.
-    """
-    rng = np.random.default_rng(seed)
-    by_class = np.argsort(labels, kind="stable")
-    class_size = np.bincount(labels, minlength=NUM_CLASSES)
-    size = np.repeat(class_size, class_size)  # (N,) in the order of by_class
-    first = np.repeat(np.cumsum(class_size) - class_size, class_size)
-    for _ in range(resamples // 100):
-        drawn = by_class[first + (rng.random((100, len(labels))) * size).astype(np.int64)]
-        yield np.stack([np.bincount(row, minlength=len(labels)) for row in drawn]).astype(np.float32)
-
-
-def resampled_metrics(scores, labels, counts):
-    """{metric: (R,) values} in resamples of the test images; counts (R, N) says how often each was drawn.
-
-    Almost everything is a sum over images, so one matrix product gives it for all resamples.
-    """
-    n, confidence, correct, wrong = len(labels), scores["confidence"], scores["correct"], ~scores["correct"]
-    gap = confidence - correct
-    means = {
-        "accuracy": correct,
-        "top5_accuracy": scores["top5"],
-        "nll": scores["nll"],
-        "brier": scores["brier"],
-        "mean_confidence": confidence,
-        "signed_gap": gap,
-        "superclass_accuracy": scores["superclass"],
-        "confident_errors": confident_failures(scores),
-        "within": scores["within"],
-    }
-    classes = np.arange(NUM_CLASSES)
-    groups = {
-        "hits": (labels[:, None] == classes) & correct[:, None],
-        "predicted": scores["pred"][:, None] == classes,
-        "bin_gaps": gap[:, None] * (calibration_bins(confidence)[:, None] == np.arange(15)),
-    }
-    columns = np.column_stack([*means.values(), *groups.values()]).astype(np.float32)
-    sums = (counts @ columns).astype(np.float64)
-    values = {name: sums[:, i] / n for i, name in enumerate(means)}
-    hits, predicted, bin_gaps = np.split(sums[:, len(means) :], [NUM_CLASSES, 2 * NUM_CLASSES], axis=1)
-    macro = utils.macro_scores_from_counts(hits, np.bincount(labels, minlength=NUM_CLASSES), predicted)
-    values |= dict(zip(("macro_precision", "macro_recall", "macro_f1"), macro))
-    values["ece"] = np.abs(bin_gaps).sum(1) / n
-    order = np.argsort(confidence, kind="stable")[::-1]  # so that the adaptive bins are those of the metric itself
-    drawn = counts[:, order].astype(np.float64)
-    wrong_drawn = drawn * wrong[order]
-    images, errors = np.cumsum(drawn, 1), np.cumsum(wrong_drawn, 1)
-    gaps = np.cumsum(drawn * gap[order], 1)
-    ends = np.cumsum([len(part) for part in np.array_split(np.arange(n), 15)][::-1])
-    bin_gaps = np.diff([np.interp(ends, *row) for row in zip(images, gaps)], axis=1, prepend=0)
-    values["ece_adaptive"] = np.abs(bin_gaps).sum(1) / n
-    covered = math.ceil(0.8 * n)
-    values["risk_at_80"] = np.array([np.interp(covered, *row) for row in zip(images, errors)]) / covered
-    values["aurc"] = (drawn * errors / np.maximum(images, 1)).sum(1) / n
-    values["eaurc"] = values["aurc"] - best_aurc(1 - values["accuracy"])
-    with np.errstate(invalid="ignore", divide="ignore"):  # a resample without errors gives NaN
-        values["errors_within_superclass"] = values.pop("within") / (1 - values["accuracy"])
-        correct_drawn = drawn - wrong_drawn  # each wrong image: how many correct ones are above it?
-        pairs = (wrong_drawn * np.cumsum(correct_drawn, 1)).sum(1)
-        values["auroc_failure"] = pairs / (errors[:, -1] * (n - errors[:, -1]))
-    return values
-
-
-def bootstrap(labels, runs, measure=resampled_metrics):
-    """[{metric: (2000, ...) values} for each run], over the same resamples of the test images.
-
-    measure(run, labels, counts) gives the values in the resamples of counts (R, N); by default, runs are the
-    image_scores of each.
-    """
-    blocks = [[measure(run, labels, counts) for run in runs] for counts in resample(labels)]
-    return [
-        {name: np.concatenate([block[k][name] for block in blocks]) for name in blocks[0][k]}
-        for k in range(len(runs))
-    ]
-
-
-def interval(values):
-    """[low, high]: the middle 95 % of bootstrap values, None if some are undefined."""
-    return None if np.isnan(values).any() else np.quantile(values, [0.025, 0.975]).tolist()
-
-
-def confidence_metrics(scores):
-    """Calibration of the confidence in image_scores, and how well it ranks the errors."""
-    confidence, correct = scores["confidence"], scores["correct"]
-    risk = risk_coverage(confidence, correct)
-    return {
-        "mean_confidence": confidence.mean(),
-        "signed_gap": confidence.mean() - correct.mean(),  # above 0: more confident than right
-        "ece": calibration_error(confidence, correct),
-        "ece_null": null_calibration_error(confidence),
-        "ece_adaptive": adaptive_calibration_error(confidence, correct),
-        "nll": scores["nll"].mean(),
-        "brier": scores["brier"].mean(),
-        "aurc": risk.mean(),
-        "eaurc": risk.mean() - best_aurc(1 - correct.mean()),
-        "risk_at_80": risk[math.ceil(0.8 * len(risk)) - 1],  # error rate of the most confident 80 %
-        "auroc_failure": failure_auroc(confidence, correct),  # null without errors
-        "confident_errors": confident_failures(scores).mean(),
-    }
-
-
-def describe(scores, scaled, labels):
-    """metrics.json but for temperature and sha256, of image_scores as trained and temperature-scaled."""
-    wrong = ~scores["correct"]
-    precision, recall, f1 = utils.macro_scores(confusion_matrix(labels, scores["pred"], NUM_CLASSES))
-    inside, errors = permuted_errors(labels[wrong], scores["pred"][wrong])
-    null = inside.sum(1) / np.maximum(errors.sum(1), 1)
-    metrics = {
-        "images": len(labels),
-        "accuracy": scores["correct"].mean(),
-        "macro_precision": precision,
-        "macro_recall": recall,
-        "macro_f1": f1,
-        "top5_accuracy": scores["top5"].mean(),
-        "superclass_accuracy": scores["superclass"].mean(),
-        "errors_within_superclass": scores["within"].sum() / wrong.sum() if wrong.any() else None,
-        "errors_within_superclass_null": null.mean() if wrong.any() else None,
-    }
-    metrics |= confidence_metrics(scores)
-    metrics |= {f"{name}_scaled": value for name, value in confidence_metrics(scaled).items()}
-    metrics = {
-        name: value if value is None or isinstance(value, int) else float(value) for name, value in metrics.items()
-    }
-    values = bootstrap(labels, [scores])[0]
-    for name in ("ece", "ece_adaptive"):
-        del values[name]  # neither a mean nor a rate, and resampling inflates it
-    values["errors_within_superclass_null"] = null if wrong.any() else np.full(1, np.nan)
-    metrics["ci95"] = {name: ends for name, value in values.items() if (ends := interval(value))}
-    return metrics
-
-
-def compute_metrics(logits, labels, val_logits, val_labels):
-    """(metrics.json but for its sha256, image_scores as trained, image_scores after temperature scaling)."""
-    temperature = fit_temperature(val_logits, val_labels)
-    scores, scaled = image_scores(logits, labels), image_scores(logits / temperature, labels)
-    return describe(scores, scaled, labels) | {"temperature": temperature}, scores, scaled
-
-
-# ---- structure of the errors, label noise, ensembles -------------------------------------------------------
-
-
-def permuted_errors(labels, preds, permutations=1000, seed=0):
-    """What errors by chance would look like: the wrong predictions dealt out anew among the wrong images.
-
-    labels, preds: (E,) of the errors. Keeps how often each class is mistaken and how often it is wrongly
-    named. A permuted prediction that happens to be right is no error and left out. Returns (permutations,
-    20) counts by true superclass: errors inside it, and errors.
-    """
-    rng = np.random.default_rng(seed)
-    own = SUPERCLASS_OF[labels]
-    member = (own[:, None] == np.arange(len(SUPERCLASSES))).astype(np.float32)  # (E, 20)
-    inside, errors = [], []
-    for _ in range(permutations // 100):
-        dealt = rng.permuted(np.tile(preds, (100, 1)), axis=1)  # (100, E)
-        wrong = dealt != labels
-        inside.append((wrong & (SUPERCLASS_OF[dealt] == own)).astype(np.float32) @ member)
-        errors.append(wrong.astype(np.float32) @ member)
-    return np.concatenate(inside).astype(np.int64), np.concatenate(errors).astype(np.int64)
-
-
-def superclass_rows(labels, preds):
-    """One dict per superclass: what superclasses.csv holds. share: of its errors, how many stay inside it."""
-    wrong = preds != labels
-    own, named = SUPERCLASS_OF[labels], SUPERCLASS_OF[preds]
-    dealt_inside, dealt_errors = permuted_errors(labels[wrong], preds[wrong])
-    null = dealt_inside.sum(0) / np.maximum(dealt_errors.sum(0), 1)
-    ends = np.quantile(dealt_inside / np.maximum(dealt_errors, 1), [0.025, 0.975], axis=0)
-    rows = []
-    for k, name in enumerate(SUPERCLASSES):
-        images, errors, inside = (int((mask & (own == k)).sum()) for mask in (own >= 0, wrong, wrong & (named == k)))
-        low, high = utils.wilson_interval(inside, max(errors, 1))
-        row = {"superclass": name, "images": images, "accuracy": 1 - errors / max(images, 1)}
-        row["superclass_accuracy"] = 1 - (errors - inside) / max(images, 1)
-        row |= {"errors": errors, "inside": inside, "share": inside / max(errors, 1), "low": low, "high": high}
-        rows.append(row | {"null": null[k], "null_low": ends[0, k], "null_high": ends[1, k]})
-    return rows
-
-
-def label_candidates(probs, labels):
-    """Images whose label confident learning doubts: (indices, suggested labels), the most doubtful first.
-
-    Northcutt, Jiang, Chuang, arXiv:1911.00068. probs: (N, C) out of sample, best after temperature scaling.
-    With t_k the mean probability of class k on the images labelled k, an image belongs to the likeliest of
-    the classes with p_k >= t_k; where that is not its label, it is a candidate, ranked by p_label - max
-    p_other. On this test set about one candidate in four is a real label error (Northcutt et al.,
-    arXiv:2103.14749).
-    """
-    rows = np.arange(len(labels))
-    own = probs[rows, labels]
-    threshold = np.bincount(labels, own, NUM_CLASSES) / np.maximum(np.bincount(labels, minlength=NUM_CLASSES), 1)
-    eligible = np.where(probs >= threshold, probs, -1)
-    suggested = eligible.argmax(1)
-    doubted = np.flatnonzero((eligible[rows, suggested] >= 0) & (suggested != labels))
-    others = probs.copy()
-    others[rows, labels] = -1
-    margin = own - others.max(1)
-    doubted = doubted[np.argsort(margin[doubted], kind="stable")]
-    return doubted, suggested[doubted]
-
-
-def read_label_errors(path):
-    """People's votes on the labels of M test images: {"index", "given", "guessed", "votes": (M,) integers}.
-
-    path: cifar100_mturk.json of github.com/cleanlab/label-errors (Apache-2.0), Northcutt et al.,
-    arXiv:2103.14749: a list of {id, given_original_label, our_guessed_label, mturk: {given, guessed,
-    neither, both}}, five votes per image. Raises ScriptError for anything else.
-    """
-    expected = "cifar100_mturk.json of github.com/cleanlab/label-errors is wanted"
-    try:
-        entries = json.loads(Path(path).expanduser().read_text())
-        columns = {
-            "index": [entry["id"] for entry in entries],
-            "given": [entry["given_original_label"] for entry in entries],
-            "guessed": [entry["our_guessed_label"] for entry in entries],
-            "votes": [entry["mturk"]["given"] for entry in entries],  # for the given label
-        }
-        whole = all(type(value) is int for column in columns.values() for value in column)
-    except OSError as error:
-        raise ScriptError(f"--label-errors {path} cannot be read ({error.strerror}); {expected}") from None
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise ScriptError(f"--label-errors {path} is another file ({type(error).__name__}); {expected}") from None
-    limits = {"index": 9_999, "given": NUM_CLASSES - 1, "guessed": NUM_CLASSES - 1, "votes": 5}
-    whole = whole and all(0 <= value <= limits[name] for name, column in columns.items() for value in column)
-    if not whole or not entries or len(set(columns["index"])) < len(entries):
-        raise ScriptError(f"--label-errors {path} has ids, labels or votes that cannot be; {expected}")
-    return {name: np.array(column) for name, column in columns.items()}
-
-
-LABEL_ERROR_COLUMNS = "index,given,suggested,given_probability,suggested_probability,source".split(",")
-
-
-def label_noise(run_dir, scores, scaled, labels, names, audit):
-    """Write label_errors.csv; print and return how many of the confident failures may be the label's fault.
-
-    audit: of read_label_errors, whose images count where fewer than 3 of 5 people voted for the given
-    label; None takes the candidates of confident learning.
-    """
-    probs, candidates = scaled["probs"], label_candidates(scaled["probs"], labels)
-    index, suggested = candidates
-    source = "confident learning"
-    if audit:
-        if not np.array_equal(audit["given"], labels[audit["index"]]):
-            raise ScriptError(f"the file of --label-errors was made for other labels than those of {run_dir}")
-        index, suggested = (audit[key][audit["votes"] < 3] for key in ("index", "guessed"))
-        source = "audit"
-    values = (index, labels[index], suggested, probs[index, labels[index]], probs[index, suggested])
-    rows = [
-        dict(zip(LABEL_ERROR_COLUMNS, (i, names[given], names[other], p, q, source)))
-        for i, given, other, p, q in zip(*values)
-    ]
-    utils.write_csv(run_dir / "label_errors.csv", LABEL_ERROR_COLUMNS, rows)
-
-    doubtful = np.isin(np.arange(len(labels)), index)
-    failures = confident_failures(scores)
-    covered = int((failures & doubtful).sum())
-    content = {"source": source, "images": len(index), "confident_errors": int(failures.sum()), "covered": covered}
-    covered = f"{covered:,} of the {failures.sum():,} confident errors"
-    if audit:
-        accuracy = scores["correct"][~doubtful].mean()
-        ece = calibration_error(scores["confidence"][~doubtful], scores["correct"][~doubtful])
-        confirmed = int(doubtful[candidates[0]].sum())
-        content |= {"accuracy_without": float(accuracy), "ece_without": ece}
-        content |= {"candidates": len(candidates[0]), "candidates_in_audit": confirmed}
-        print(
-            f"  labels that fewer than 3 of 5 people confirmed: {len(index):,}, among them {covered}; accuracy without "
-            f"them\n    {100 * accuracy:.2f} %, ECE {100 * ece:.2f} %. Confident learning from these logits names "
-            f"{len(candidates[0]):,}, {confirmed:,} of them right"
-        )
-    else:
-        print(
-            f"  labels that confident learning doubts: {len(index):,}, among them {covered}, as nearly every confident\n"
-            "    error would be; most of these labels are right. --label-errors FILE takes people's votes instead"
-        )
-    return content
-
-
-def ensemble_uncertainty(probs):
-    """(mean probs (N, C), {name: (N,)}) of a deep ensemble with probs (R, N, C).
-
-    predictive_entropy: of the mean probability, in nats. mutual_information: that minus the members' mean
-    entropy; 0 where all say the same. disagreement: share of the pairs of members that predict different
-    classes. Lakshminarayanan et al., arXiv:1612.01474; Depeweg et al., arXiv:1710.07283.
-    """
+    def mean(logits):
+        return np.mean([np.exp(log_softmax(z)) for z in logits], 0)
 
     def entropy(p):
         return -(p * np.log(np.maximum(p, 1e-300))).sum(-1)
 
-    mean = probs.mean(0)
-    preds = probs.argmax(2)
-    pairs = [preds[i] != preds[j] for i, j in itertools.combinations(range(len(probs)), 2)]
-    total = entropy(mean)
-    return mean, {
-        "predictive_entropy": total,
-        "mutual_information": np.maximum(total - entropy(probs).mean(0), 0),  # negative by rounding only
-        "disagreement": np.mean(pairs, 0),
+    raw, scaled = mean([run.logits for run in runs]), mean([run.scaled_logits for run in runs])
+    preds = [run.raw.pred for run in runs]
+    pairs = [a != b for a, b in itertools.combinations(preds, 2)]
+    information = entropy(raw) - np.mean([entropy(np.exp(log_softmax(run.logits))) for run in runs], 0)
+    extra = {"disagreement": np.mean(pairs, 0), "mutual_information": np.maximum(information, 0)}  # < 0 by rounding
+    as_logits = [np.log(np.maximum(p, 1e-300)) for p in (raw, scaled)]
+    name = f"ensemble of {len(runs)}"
+    return Run(name, runs[0].config, as_logits[0], runs[0].labels, None, as_logits[1]), extra
+
+
+# ---- metrics --------------------------------------------------------------------------------------------
+
+
+def metrics(scores, labels, weights):
+    """{metric: (R,) values}. weights (R, N): how often each image counts; ones give the metric itself.
+
+    The weights of bootstrap resamples give its interval. NaN where a metric is undefined, as without errors.
+    """
+    s, w, n = scores, weights, weights.sum(1)
+    wrong, gap = ~s.correct, s.confidence - s.correct
+    columns = {  # metrics that are means over the images
+        "accuracy": s.correct,
+        "top5_accuracy": s.top5,
+        "superclass_accuracy": s.same_superclass,
+        "errors_within_superclass": s.same_superclass & wrong,  # of all images so far
+        "nll": s.nll,
+        "brier": s.brier,
+        "mean_confidence": s.confidence,
+        "signed_gap": gap,  # above 0: more confident than right
+        "confident_errors": s.failures,
     }
+    means = w @ np.stack(list(columns.values()), 1).astype(w.dtype) / n[:, None]
+    found = dict(zip(columns, means.T))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        found["errors_within_superclass"] = found["errors_within_superclass"] / (1 - found["accuracy"])
+    gaps = sum_by(calibration_bins(s.confidence), (w * gap).astype(w.dtype), 15)
+    found["ece"] = np.abs(gaps).sum(1) / n  # see utils.calibration_error
+    found["macro_precision"], found["macro_recall"], found["macro_f1"] = weighted_macro_scores(labels, s.pred, w)
+    found["aurc"], found["auroc_failure"] = rank_by_confidence(s.confidence, wrong, w)
+    return found
 
 
-def evaluate_ensemble(runs, labels, names):
-    """Metrics of the mean probability of all runs; writes ensemble.csv and ensemble.json.
+def sum_by(group, values, count):
+    """Sums (R, count) of values (R, N) over the columns of each group; group (N,) in 0..count - 1."""
+    order = np.argsort(group, kind="stable")
+    cumulative = np.cumsum(values[:, order], 1)
+    ends = np.searchsorted(group[order], np.arange(count), side="right")
+    return np.diff(cumulative[:, ends - 1] * (ends > 0), axis=1, prepend=0)
 
-    After temperature scaling: the mean of the scaled probabilities. A temperature of the ensemble's own
-    would need validation images that no member was trained on, and another seed has others.
+
+def weighted_macro_scores(labels, pred, w):
+    """Macro precision, recall and F1, each (R,), for weights (R, N)."""
+    hits = sum_by(labels, w * (labels == pred), NUM_CLASSES)
+    return utils.macro_scores_from_counts(hits, sum_by(labels, w, NUM_CLASSES), sum_by(pred, w, NUM_CLASSES))
+
+
+def rank_by_confidence(confidence, wrong, w):
+    """(AURC, AUROC of confidence for errors), each (R,), for weights (R, N).
+
+    AURC: the error rate among the images at least as confident as image i, averaged over i; lower is better
+    (Geifman, Uziel, El-Yaniv, arXiv:1805.08206). AUROC: P(a correct image is more confident than a wrong
+    one), ties half; NaN without errors or without hits.
     """
-    folder = runs[0]["dir"]
-    kinds = []
-    for kind in ("scores", "scaled"):
-        mean, uncertainty = ensemble_uncertainty(np.stack([run[kind]["probs"] for run in runs]))
-        kinds.append((image_scores(np.log(np.maximum(mean, 1e-300)), labels), uncertainty))
-    (scores, uncertainty), (scaled, _) = kinds
-    rows = [
-        {"index": i, "true": names[labels[i]], "predicted": names[scores["pred"][i]]}
-        | {"confidence": scores["confidence"][i]}
-        | {name: values[i] for name, values in uncertainty.items()}
-        for i in range(len(labels))
-    ]
-    utils.write_csv(folder / "ensemble.csv", rows[0], rows)
-    metrics = describe(scores, scaled, labels)
-    utils.write_json(folder / "ensemble.json", {"runs": [str(run["dir"]) for run in runs]} | metrics)
-    print(f"\nensemble of {', '.join(str(run['dir']) for run in runs)}: mean probability")
-    ranks = {"confidence": scores["confidence"]} | {name: -values for name, values in uncertainty.items()}
-    areas = ((name, failure_auroc(values, scores["correct"])) for name, values in ranks.items())
-    print("  AUROC for its errors: " + ", ".join(f"{name} {100 * area:.2f} %" for name, area in areas if area))
-    print(f"  wrote ensemble.csv and ensemble.json to {folder}")
-    return metrics
+    order = np.argsort(-confidence, kind="stable")
+    last = np.flatnonzero(np.diff(confidence[order], append=-1))  # of each group of equal confidence
+    drawn = w[:, order]
+    images_above = np.cumsum(drawn, 1)[:, last]  # the group included
+    errors_above = np.cumsum(drawn * wrong[order], 1)[:, last]
+    images, errors = np.diff(images_above, axis=1, prepend=0), np.diff(errors_above, axis=1, prepend=0)
+    n, wrong_n = images_above[:, -1], errors_above[:, -1]
+    aurc = (images * errors_above / np.maximum(images_above, 1)).sum(1, dtype=np.float64) / n
+    hits_above = images_above - errors_above
+    pairs = (errors * (hits_above - (images - errors) / 2)).sum(1, dtype=np.float64)
+    with np.errstate(invalid="ignore"):
+        return aurc, pairs / (wrong_n * (n - wrong_n))
 
 
-# ---- the claims --------------------------------------------------------------------------------------------
+def calibrated_ece(confidence):
+    """The ECE that a perfectly calibrated model of these confidences shows on average: its noise floor.
 
-# Fixed before any run was looked at.
-MARGIN = 0.01  # accuracies within a point of each other count as the same
-
-
-def claim_measures(baselines):
-    """measure(run, labels, counts) for bootstrap(): what the claims need of each run.
-
-    on_failures: mean confidence on the confident failures of the baselines of other seeds. Failures picked
-    for their confidence in one run look better in any other, so no run is asked about its own, if there is
-    another baseline. own_failures: on its own. at_coverage: error rate among a run's most confident images,
-    as many as the baselines have above 0.90 on average.
+    The sum of (correct - confidence) over a bin is then about normal with variance sum p (1 - p), whose mean
+    absolute value is sqrt(2 / pi) standard deviations.
     """
-    coverage = max(np.mean([(run["scores"]["confidence"] > 0.9).mean() for run in baselines]), 1e-4)
-
-    def measure(run, labels, counts):
-        n, correct, confidence = len(labels), run["scores"]["correct"], run["scores"]["confidence"]
-        raw, scaled = (resampled_metrics(run[kind], labels, counts) for kind in ("scores", "scaled"))
-        values = {name: raw[name] for name in ("accuracy", "ece", "aurc", "errors_within_superclass")}
-        values["ece_scaled"] = scaled["ece"]
-        strangers = [other for other in baselines if other["seed"] != run["seed"]] or baselines
-        drawn = counts * np.sum([confident_failures(other["scores"]) for other in strangers], 0)
-        own = counts * confident_failures(run["scores"])
-        with np.errstate(invalid="ignore"):  # 0 / 0 without failures
-            for kind, suffix in (("scores", ""), ("scaled", "_scaled")):
-                values["on_failures" + suffix] = drawn @ run[kind]["confidence"] / drawn.sum(1)
-                values["own_failures" + suffix] = own @ run[kind]["confidence"] / own.sum(1)
-        order = np.argsort(-confidence, kind="stable")
-        images, errors = (np.cumsum(part[:, order], 1, np.float64) for part in (counts, counts * ~correct))
-        covered = np.array([np.interp(coverage * n, *row) for row in zip(images, errors)])
-        values["at_coverage"] = covered / (coverage * n)
-        member = SUPERCLASS_OF[labels][:, None] == np.arange(len(SUPERCLASSES))
-        values["by_superclass"] = counts @ (member & correct[:, None]) / np.maximum(member.sum(0), 1)  # (R, 20)
-        return values
-
-    return measure
+    variance = np.bincount(calibration_bins(confidence), confidence * (1 - confidence))
+    return float(np.sqrt(2 / np.pi * variance).sum() / len(confidence))
 
 
-def luck(figure, draws, error, degrees):
-    """Draws of a figure that cover the choice of test images and the luck of the training runs.
+def chance_within_superclass(confusion):
+    """Share of errors inside the true superclass if the class predicted did not depend on the true one.
 
-    draws: its bootstrap values over test images. error: its standard error over training runs, estimated
-    with so many degrees of freedom: hence a Student t; 0 if there is one run of each. Images on which runs
-    differ by luck are in both parts, so intervals are rather too wide than too narrow.
+    confusion (C, C). Keeps how often each class is mistaken and how often it is wrongly predicted; a pair of
+    equal classes is no error.
     """
-    rng = np.random.default_rng(0)
-    draws = figure + rng.choice(draws - draws.mean(), 100_000)
-    return draws + error * rng.standard_t(degrees, len(draws)) if degrees else draws
+    errors = confusion - np.diag(np.diag(confusion))
+    independent = np.outer(errors.sum(1), errors.sum(0)).astype(float)
+    np.fill_diagonal(independent, 0)
+    inside = SUPERCLASS_OF[:, None] == SUPERCLASS_OF
+    total = independent.sum()
+    return float(independent[inside].sum() / total) if total else math.nan
 
 
-def decide(ends, side, reference):
-    """The word for an interval: supported if it lies on the claimed side, contradicted if on the other.
+# ---- resamples ------------------------------------------------------------------------------------------
 
-    side: "below" or "above" the reference, or "within" MARGIN of it.
+
+def resample(labels, seed=0):
+    """How often each image is drawn in each bootstrap resample: (RESAMPLES, N) uint8.
+
+    The test set has 100 images of every class by design, so each class is redrawn from its own images. All
+    runs get the same resamples: that pairs them.
     """
-    low, high = (end - reference for end in ends)
+    rng = np.random.default_rng(seed)
+    by_class = np.argsort(labels, kind="stable")
+    class_size = np.bincount(labels)
+    size = np.repeat(class_size, class_size)  # (N,) in the order of by_class
+    first = np.repeat(np.cumsum(class_size) - class_size, class_size)
+    weights = np.empty((RESAMPLES, len(labels)), np.uint8)
+    for row in weights:
+        drawn = by_class[first + (rng.random(len(labels)) * size).astype(np.int64)]
+        row[:] = np.bincount(drawn, minlength=len(labels))
+    return weights
+
+
+def blocks_of(weights):
+    """The rows of weights as float32, BLOCK at a time."""
+    return (weights[i : i + BLOCK].astype(np.float32) for i in range(0, len(weights), BLOCK))
+
+
+def weighted_mean(values, weights):
+    """Means (R,) of values (N,) under weights (R, N); 0 where all weights are 0."""
+    blocks = list(blocks_of(weights))
+    totals = np.concatenate([block.sum(1) for block in blocks])
+    return np.concatenate([block @ values.astype(np.float32) for block in blocks]) / np.maximum(totals, 1e-9)
+
+
+def interval(draws):
+    """[low, high]: the middle 95 % of the draws, None if some are undefined."""
+    return None if draws is None or np.isnan(draws).any() else np.quantile(draws, [0.025, 0.975]).tolist()
+
+
+# ---- the claims -----------------------------------------------------------------------------------------
+
+
+@dataclass
+class Estimate:
+    """A claim's statistic, and what to hold it against."""
+
+    figure: float | None
+    draws: np.ndarray | None  # of the figure, over test images and training runs
+    control: str = ""  # what the figure would be without the effect, or how far seeds alone move it
+    control_value: float | None = None
+    reference: float = 0.0  # the claim is about figure - reference
+    dots: tuple = ((), ())  # the runs of each arm, on the scale of figure - reference
+    unit: float = 100  # 100: points; 1: nats
+    control_unit: float | None = None  # None: the same; 1: a number
+    note: str = ""  # why it cannot be decided
+
+
+def undecided(note):
+    return Estimate(None, None, note=note)
+
+
+@dataclass
+class Arm:
+    """A quantity of the runs of one recipe."""
+
+    values: np.ndarray  # (R,) one per run
+    draws: np.ndarray  # (R, RESAMPLES) the same in resamples of the test images
+
+    @property
+    def mean(self):
+        return self.values.mean()
+
+    @property
+    def image_noise(self):
+        """Variance of the mean that comes from each run's own noise on the images: the spread between runs has it too."""
+        runs = len(self.values)
+        return (self.draws - self.draws.mean(0)).var(1).sum() / (runs * (runs - 1)) if runs > 1 else 0.0
+
+
+def arm_of(pairs):
+    """An Arm from [(value, draws (RESAMPLES,))] of its runs."""
+    return Arm(np.array([value for value, _ in pairs]), np.array([draws for _, draws in pairs]))
+
+
+@dataclass
+class Study:
+    """Baselines and changed runs on the same test images; without changed runs, one recipe alone."""
+
+    baselines: list
+    changed: list
+    weights: np.ndarray  # of resample()
+
+    @property
+    def arms(self):
+        return [arm for arm in (self.baselines, self.changed) if arm]
+
+    def metric(self, name):
+        """An Arm per recipe, of a metric."""
+        return [arm_of([(run.values[name], run.draws[name]) for run in arm]) for arm in self.arms]
+
+    def mean(self, of_images, weights=None):
+        """An Arm per recipe, of the mean over the images of of_images(run), (N,)."""
+        weights = self.weights if weights is None else weights
+
+        def pair(run):
+            values = of_images(run)
+            return values.mean(), weighted_mean(values, weights)
+
+        return [arm_of([pair(run) for run in arm]) for arm in self.arms]
+
+
+def spread(arms):
+    """(standard deviation between seeds, degrees of freedom): all recipes are taken to vary alike."""
+    degrees = sum(len(arm.values) - 1 for arm in arms)
+    squares = sum(((arm.values - arm.mean) ** 2).sum() for arm in arms)
+    return (math.sqrt(squares / degrees) if degrees else math.nan), degrees
+
+
+def with_noise(figure, draws, image_noise, error, degrees, seed=0):
+    """Draws of a figure over test images and training runs.
+
+    draws: (RESAMPLES,) over images; they are centred on the figure, and shrunk by the image_noise (a
+    variance) that the spread between runs contains as well. error: standard error over training runs, from so
+    many degrees of freedom: a Student t. With no degree, the draws are over images alone.
+    """
+    centred = draws - draws.mean()
+    variance = centred.var()
+    shrink = math.sqrt(max(0.0, 1 - image_noise / variance)) if variance else 1.0
+    noisy = figure + shrink * np.tile(centred, 20)
+    return noisy + error * np.random.default_rng(seed).standard_t(degrees, len(noisy)) if degrees else noisy
+
+
+def level(arm, arms, seed=0):
+    """(figure, draws): the mean of one arm; the spread between seeds is that of all arms."""
+    s, degrees = spread(arms)
+    return arm.mean, with_noise(arm.mean, arm.draws.mean(0), arm.image_noise, s / len(arm.values) ** 0.5, degrees, seed)
+
+
+def change(arms, figure=None, draws=None, **about):
+    """The Estimate of the changed runs' mean minus the baselines', if no other figure and image draws are given.
+
+    Its control is the deviation between seeds, if `about` names no other.
+    """
+    before, after = arms
+    if figure is None:
+        figure, draws = after.mean - before.mean, after.draws.mean(0) - before.draws.mean(0)
+    s, degrees = spread(arms)
+    error = s * math.sqrt(1 / len(before.values) + 1 / len(after.values))
+    noisy = with_noise(figure, draws, before.image_noise + after.image_noise, error, degrees)
+    dots = tuple(arm.values - before.mean for arm in arms)
+    return Estimate(figure, noisy, **{"control": "deviation between seeds", "control_value": s, "dots": dots} | about)
+
+
+def confident_errors_fall(study):
+    """Under smoothing by construction: its targets are at most 1 - a + a / 100."""
+    a = study.changed[0].config["args"].get("smoothing") or 0
+    control = {"control": f"highest target under smoothing {a:g}", "control_value": 1 - a + a / 100} if a else {}
+    return change(study.metric("confident_errors"), **control)
+
+
+def errors_at_equal_coverage(study):
+    """Error rate among equally many most confident images: as many as the baselines have above 0.90."""
+    count = round(np.mean([(run.raw.confidence > CONFIDENT).sum() for run in study.baselines]))
+    if count < 50:
+        return undecided(f"the baselines have {count} images above {CONFIDENT}; 50 are needed")
+
+    def pair(run):
+        order = np.argsort(-run.raw.confidence, kind="stable")
+        wrong, draws = ~run.raw.correct[order], []
+        for w in blocks_of(study.weights):
+            images, errors = np.cumsum(w[:, order], 1), np.cumsum(w[:, order] * wrong, 1)
+            draws += [np.interp(count, *row) / count for row in zip(images, errors)]
+        return wrong[:count].mean(), np.array(draws)
+
+    return change([arm_of([pair(run) for run in arm]) for arm in study.arms])
+
+
+def confidence_on_failures(study, kind):
+    """Confidence ("raw" or "scaled") on confident failures of baselines, of other seeds than the run's own.
+
+    Failures picked for their confidence in one run look better in any other. So each baseline's failures are a
+    set of images on which only runs of other seeds are compared: first in each set, then over the sets.
+    """
+    runs, split = study.baselines + study.changed, len(study.baselines)
+    values, draws, drops = [], [], []
+    for picker in study.baselines:
+        picked = picker.raw.failures
+        others = np.array([run.seed != picker.seed for run in runs])
+        if picked.sum() < 10 or not others[:split].any() or not others[split:].any():
+            continue
+        confidence = [getattr(run, kind).confidence[picked] for run in runs]
+        values.append(np.where(others, [c.mean() for c in confidence], np.nan))  # (runs,)
+        drawn = np.array([weighted_mean(c, study.weights[:, picked]) for c in confidence])
+        draws.append(np.where(others[:, None], drawn, np.nan))  # (runs, RESAMPLES)
+        drops.append(np.nanmean(values[-1][:split]) - getattr(picker, kind).confidence[picked].mean())
+    if not values:
+        return undecided("needs baselines of two seeds with 10 confident failures each, and runs of other seeds")
+
+    def mean(part, axis):  # but for NaN, where run and set share their seed; without a warning if nothing is left
+        there = ~np.isnan(part)
+        return np.where(there, part, 0).sum(axis) / np.where(there.any(axis), there.sum(axis), np.nan)
+
+    def difference(part):  # (sets, runs, ...)
+        return (mean(part[:, split:], 1) - mean(part[:, :split], 1)).mean(0)
+
+    def relative(part):  # of each run: its mean over its sets of what it differs from the set's mean
+        return mean(part - mean(part, 1)[:, None], 0)
+
+    values, draws = np.array(values), np.array(draws)
+    pairs = [(relative(values)[k], relative(draws)[k]) for k in range(len(runs))]
+    arms = [[pair for pair in arm if not np.isnan(pair[0])] for arm in (pairs[:split], pairs[split:])]
+    control = {"control": "what another baseline seed does", "control_value": float(np.mean(drops))}
+    return change([arm_of(arm) for arm in arms], difference(values), difference(draws), **control)
+
+
+def calibration_improves(study):
+    """|mean confidence - accuracy| of a recipe. The absolute value comes last: of a noisy figure it would be a floor."""
+    arms = study.metric("signed_gap")
+    (before, before_draws), (after, after_draws) = (level(arm, arms, seed) for seed, arm in enumerate(arms))
+    draws = np.abs(after_draws) - np.abs(before_draws)
+    dots = tuple(np.abs(arm.values) - abs(before) for arm in arms)
+    return Estimate(abs(after) - abs(before), draws, "deviation between seeds", spread(arms)[0], dots=dots)
+
+
+def errors_stay_in_superclass(study):
+    arms = study.metric("errors_within_superclass")
+    confusions = [confusion_matrix(run.labels, run.raw.pred, NUM_CLASSES) for run in study.baselines]
+    chance = float(np.mean([chance_within_superclass(confusion) for confusion in confusions]))
+    figure, draws = level(arms[0], arms)
+    control = f"chance; the figure is {figure / chance:.1f} times that"
+    return Estimate(figure, draws, control, chance, reference=chance, dots=(arms[0].values - chance, ()))
+
+
+def small_animals_are_worst(study):
+    """Mean accuracy of the 15 classes of small animals minus that of the 85 others."""
+    labels = study.baselines[0].labels
+    small = np.isin(labels, SMALL_ANIMALS)
+    signed = np.where(small, 1 / small.mean(), -1 / (~small).mean())
+    arms = study.mean(lambda run: run.raw.correct * signed)
+    figure, draws = level(arms[0], arms)
+    hits = [np.bincount(labels, run.raw.correct, NUM_CLASSES) for run in study.baselines]  # of equally many images
+    worst = [np.argsort(of_class, kind="stable")[:10] for of_class in hits]
+    among = float(np.mean([np.isin(ten, SMALL_ANIMALS).sum() for ten in worst]))
+    control = f"of the ten worst classes; {len(SMALL_ANIMALS) / 10:g} by chance"
+    return Estimate(figure, draws, control, among, dots=(arms[0].values, ()), control_unit=1)
+
+
+def attention_on_border(study):
+    """From gradcam.py's attention.csv: failures and correct predictions, in pairs of equal confidence and class."""
+    pairs, shares = [], []
+    for run in study.baselines:
+        failures, matched = read_attention(run)
+        if len(failures) < 10:
+            continue
+        border = [np.array([row["border_drop"] > row["centre_drop"] for row in rows]) for rows in (failures, matched)]
+        shares.append([part.mean() for part in border])
+        difference = border[0].astype(float) - border[1]
+        weights = study.weights[:, [row["index"] for row in failures]]
+        pairs.append((difference.mean(), weighted_mean(difference, weights)))
+    if not pairs:
+        return undecided("needs 10 confident failures that went through failures.py and gradcam.py")
+    arm = arm_of(pairs)
+    figure, draws = level(arm, [arm])
+    of_failures, of_matched = np.mean(shares, 0)
+    control = f"of matched correct predictions; {100 * of_failures:.1f} of failures"
+    few = "attention of one baseline alone" if len(pairs) == 1 else ""
+    return Estimate(figure, draws, control, of_matched, dots=(arm.values, ()), note=few)
+
+
+def worse_after_peak(column, sign, side):
+    """Validation accuracy (sign 1) or loss (-1) at its best epoch against the last one, in one recipe (side 0 or 1).
+
+    The best epoch is that of the *other* runs' mean curve, within its first three quarters: a run's own best
+    epoch is partly noise, and always looks better than its last.
+    """
+
+    def statistic(study):
+        curves = [sign * curve for run in (study.baselines, study.changed)[side] if (curve := read_curve(run, column)) is not None]
+        epochs, values = [], []
+        for k, curve in enumerate(curves if len(curves) > 1 else []):
+            others = curves[:k] + curves[k + 1 :]
+            length = min(len(other) for other in others)
+            early = np.mean([other[:length] for other in others], 0)[: math.ceil(0.75 * length)]
+            peak = int(early.argmax())
+            if peak >= len(curve):
+                warn(f"a run of {len(curve)} epochs stopped before epoch {peak + 1}, and is left out of {column}'s row")
+                continue
+            epochs.append(peak + 1)
+            values.append(curve[peak] - curve[-1])
+        if len(values) < 2:
+            return undecided("needs the log.csv of two runs of the recipe")
+        arm = arm_of([(value, np.zeros(RESAMPLES)) for value in values])
+        figure, draws = level(arm, [arm])
+        about = {"unit": 100 if column == "val_acc" else 1, "control_unit": 1, "dots": (arm.values, ())}
+        return Estimate(figure, draws, "epoch of the peak", float(np.mean(epochs)), **about)
+
+    return statistic
+
+
+def accurate_under_corruption(study):
+    """Mean accuracy over 12 corruptions at 5 severities; control: the change on the same images, clean."""
+    clean = "change on clean images"
+    return stress_change(study, lambda s: s.correct("corruption"), clean, lambda s: s.correct("clean"))
+
+
+def accurate_under_attack(study):
+    """Control: the change when both are shown the images made against a baseline (for baselines: their own)."""
+    def attacked(stress):
+        return stress.correct("pgd", strength=1)
+
+    def transferred(stress):
+        return stress.correct("transfer", strength=1)
+
+    return stress_change(study, attacked, "same, on the baseline's images", transferred, own=attacked)
+
+
+def stress_change(study, measure, control, control_measure, own=None):
+    runs = study.baselines + study.changed
+    found = [run.stress for run in runs]
+    if None in found or len({(len(stress.index), stress.source) for stress in found}) > 1:
+        return undecided("needs evaluate.py --stress on all runs, with the same images")
+    if any(np.isnan(measure(stress)).any() for stress in found):
+        return undecided("evaluate.py --stress was interrupted; the same command goes on with it")
+    weights = resample(runs[0].stress.labels, seed=1)
+    arms = study.mean(lambda run: measure(run.stress), weights)
+    before = np.mean([(own or control_measure)(run.stress).mean() for run in study.baselines])
+    after = np.mean([control_measure(run.stress).mean() for run in study.changed])
+    return change(arms, control=control, control_value=float(after - before))
+
+
+@dataclass
+class Claim:
+    text: str
+    side: str  # what is claimed of figure - reference: "above" or "below" 0, or "within" MARGIN of it
+    statistic: Callable  # of a Study; returns an Estimate
+    arms: tuple = (0, 1)  # which it needs: 0 the baselines, 1 the changed runs
+
+
+# What the study says in words, and one thing that it does not (AUROC). The list and the margin were fixed after
+# six-epoch runs and before the 40-epoch ones.
+CLAIMS = [
+    Claim("accuracy stays within 1 point", "within", lambda study: change(study.metric("accuracy"))),
+    Claim("fewer confident errors (> 0.90)", "below", confident_errors_fall),
+    Claim("fewer errors at equal coverage", "below", errors_at_equal_coverage),
+    Claim("earlier failures less confident", "below", lambda study: confidence_on_failures(study, "raw")),
+    Claim("the same, temperature-scaled", "below", lambda study: confidence_on_failures(study, "scaled")),
+    Claim("over-confidence falls", "below", lambda study: change(study.metric("signed_gap"))),
+    Claim("calibration improves (|gap|)", "below", calibration_improves),
+    Claim("generalizes better (NLL, scaled)", "below", lambda study: change(study.mean(lambda run: run.scaled.nll), unit=1)),
+    Claim("ranks its errors better (AUROC)", "above", lambda study: change(study.metric("auroc_failure"))),
+    Claim("more accurate under corruption", "above", accurate_under_corruption),
+    Claim("more accurate under PGD at 1/255", "above", accurate_under_attack),
+    Claim("errors stay inside superclasses", "above", errors_stay_in_superclass, (0,)),
+    Claim("small animals do worst", "below", small_animals_are_worst, (0,)),
+    Claim("failures rely more on the border", "above", attention_on_border, (0,)),
+    Claim("accuracy peaks early (baseline)", "above", worse_after_peak("val_acc", 1, 0), (0,)),
+    Claim("accuracy peaks early (changed)", "above", worse_after_peak("val_acc", 1, 1), (1,)),
+    Claim("loss rises again (baseline)", "above", worse_after_peak("val_loss", -1, 0), (0,)),
+    Claim("loss rises again (changed)", "above", worse_after_peak("val_loss", -1, 1), (1,)),
+]
+REAL_CLASSES = {errors_stay_in_superclass, small_animals_are_worst}  # make no sense on synthetic images
+
+
+def decide(ends, side):
+    """The verdict on an interval of figure - reference: on the claimed side of 0, on the other, or neither."""
+    low, high = ends
     supported, contradicted = {
         "below": (high < 0, low > 0),
         "above": (low > 0, high < 0),
@@ -575,176 +694,409 @@ def decide(ends, side, reference):
     return "supported" if supported else "contradicted" if contradicted else "not decided"
 
 
-def claim(text, figure, ends, side, reference, control, control_value, note=""):
-    """One row of the verdict; a note says why it could not be decided."""
-    known = ends is not None and not np.isnan(ends).any()
-    figure, control_value = (None if x is None or np.isnan(x) else float(x) for x in (figure, control_value))
-    row = {"claim": text, "figure": figure, "ci95": [float(end) for end in ends] if known else None}
-    row |= {"side": side, "reference": float(reference), "control": control, "control_value": control_value}
-    note = note or ("" if known else "too few confident failures for an interval")
-    return row | {"word": "not decided" if note else decide(ends, side, reference), "note": note}
-
-
-def judge(baselines, changed, labels):
-    """The claims of the study, measured: the rows of verdict.json.
-
-    baselines, changed: the runs of two recipes, as dicts of scores and scaled (image_scores), seed, and
-    attention (attention.json of gradcam.py, or None).
-    """
-    runs, degrees = baselines + changed, len(baselines) + len(changed) - 2
-    measure, once = claim_measures(baselines), np.ones((1, len(labels)), np.float32)
-    whole = [measure(run, labels, once) for run in runs]
-    whole = {name: np.array([values[name][0] for values in whole]) for name in whole[0]}  # (runs, ...)
-    draws = bootstrap(labels, runs, measure)
-    draws = {name: np.array([values[name] for values in draws]) for name in whole}  # (runs, 2000, ...)
-    first = np.array([1 / len(baselines)] * len(baselines) + [0] * len(changed))  # weights: mean of the baselines
-    change = np.array([-1 / len(baselines)] * len(baselines) + [1 / len(changed)] * len(changed))
-
-    def spread(values):
-        """Standard deviation between seeds of (runs,) values; both recipes are taken to vary alike."""
-        arms = np.split(values, [len(baselines)])
-        return math.sqrt(sum(((arm - arm.mean()) ** 2).sum() for arm in arms) / degrees) if degrees else math.nan
-
-    def estimate(weights, values, draws):
-        """(figure, draws of it) for a weighted sum over the runs."""
-        error = spread(values) * np.linalg.norm(weights)
-        return weights @ values, luck(weights @ values, weights @ draws, error, degrees)
-
+def judge(study, synthetic=False):
+    """[(Claim, Estimate, ends, word)]: every claim about the study's runs; ends: [low, high] of the figure, or None."""
     rows = []
-    single = "" if degrees else "one run of each: the luck of training is not in the interval; train other seeds"
-
-    def add_change(text, name, side, control="deviation between seeds", value=None, note=""):
-        figure, values = estimate(change, whole[name], draws[name])
-        value = spread(whole[name]) if value is None else value
-        ends = np.quantile(values, [0.025, 0.975])
-        rows.append(claim(text, figure, ends, side, 0, control, value, note or single))
-
-    failures = sum(confident_failures(run["scores"]).sum() for run in baselines)
-    few = "" if failures >= utils.FEWEST else f"the baselines have fewer than {utils.FEWEST} confident failures"
-    biased = "biased: picked in the one run it is compared with; train the baseline with another seed"
-    add_change("accuracy stays the same, within 1 point", "accuracy", "within")
-    for scaled, suffix in (("", ""), (", scaled", "_scaled")):
-        text, name = f"confident failures become less confident{scaled}", f"on_failures{suffix}"
-        if len(baselines) > 1:
-            alone = np.mean((whole[name] - whole[f"own_failures{suffix}"])[: len(baselines)])
-            add_change(text, name, "below", "another baseline seed alone", alone, few)
-        else:
-            add_change(text, name, "below", "none", math.nan, few or biased)
-    add_change("fewer confident failures, at equal coverage", "at_coverage", "below", note=few)
-    for kind, scaled, suffix in (("scores", "", ""), ("scaled", ", scaled", "_scaled")):
-        floor = np.mean([null_calibration_error(run[kind]["confidence"], 100) for run in runs])
-        add_change(f"calibration improves (ECE){scaled}", f"ece{suffix}", "below", "ECE of a calibrated model", floor)
-    add_change("confidence ranks the errors better (AURC)", "aurc", "below")
-
-    figure, values = estimate(first, whole["errors_within_superclass"], draws["errors_within_superclass"])
-    ends = np.quantile(values, [0.025, 0.975])
-    wrong = [~run["scores"]["correct"] for run in baselines]
-    dealt = [permuted_errors(labels[mask], run["scores"]["pred"][mask], 100) for run, mask in zip(baselines, wrong)]
-    inside, errors = np.sum(dealt, (0, 2, 3))
-    null = inside / max(errors, 1)
-    text = "errors stay in the superclass more than by chance"
-    rows.append(claim(text, figure, ends, "above", null, "wrong predictions shuffled", null))
-    rows.append(claim("most errors stay in the superclass", figure, ends, "above", 0.5, "half", 0.5))
-
-    # Worst means below every other one. Each comparison at its full level proves that; that one of them goes the other
-    # way is looked for 19 times, hence Bonferroni there. Hsu 1996, multiple comparisons with the best.
-    superclasses = list(SUPERCLASSES)
-    small, others = superclasses.index("small_mammals"), [k for k in range(20) if superclasses[k] != "small_mammals"]
-    gaps = []
-    for k in others:
-        gap = whole["by_superclass"][:, small] - whole["by_superclass"][:, k]
-        figure, values = estimate(first, gap, draws["by_superclass"][:, :, small] - draws["by_superclass"][:, :, k])
-        gaps.append((figure, *np.quantile(values, [0.025 / len(others), 0.975])))
-    figure, *ends = np.max(gaps, 0)
-    lowest = others[int(np.argmax([gap[0] for gap in gaps]))]
-    control = f"accuracy of {superclasses[lowest]}"
-    value = first @ whole["by_superclass"][:, lowest]
-    rows.append(claim("small mammals are the worst superclass", figure, ends, "below", 0, control, value))
-    return rows + judge_attention([run["attention"] for run in baselines if run["attention"]], bool(degrees))
+    for claim in CLAIMS:
+        arms = [(study.baselines, study.changed)[k] for k in claim.arms]
+        if not all(arms) or (synthetic and claim.statistic in REAL_CLASSES):
+            continue
+        estimate = claim.statistic(study)
+        ends = interval(estimate.draws)
+        if ends is None or math.isnan(estimate.figure):
+            estimate.figure, ends = None, None
+            estimate.note = estimate.note or "undefined: some resample has no such image"
+        elif min(map(len, arms)) < 2:
+            estimate.note = "one run of a recipe: its seed may be the reason; train it with other seeds"
+        word = "not decided"
+        if ends and not estimate.note:
+            word = decide([end - estimate.reference for end in ends], claim.side)
+        rows.append((claim, estimate, ends, word))
+    return rows
 
 
-# What the verdict reads of attention.json, each a {mean, low, high}.
-ATTENTION = {
-    "failures": ("border_reliance", "centre_drop"), "matched": ("border_reliance",),
-    "failures_minus_matched": ("border_reliance",),
-}  # fmt: skip
+# ---- what other scripts measured ------------------------------------------------------------------------
 
 
-def judge_attention(reports, several):
-    """The rows on attention, from attention.json of the baselines that have been through gradcam.py.
+def read_curve(run, column):
+    """A column of the run's log.csv, (epochs,) float64, or None."""
+    path = run.folder and run.folder / "log.csv"
+    if path is None or not path.exists():
+        if path:
+            warn(f"no {path}: the run is left out of the row on {column}")
+        return None
+    rows = utils.read_csv(path, "python train.py --resume", "the log of a run", {"epoch": int, column: float})
+    return np.array([row[column] for row in rows])
 
-    several: whether the verdict is on several seeds, so that a single report is not enough.
+
+def read_attention(run):
+    """(failures, matched): the rows of gradcam.py's attention.csv on confident failures, in pairs; ([], []) without it."""
+    path, kinds = run.folder and run.folder / "attention.csv", {"pair": int, "index": int}
+    if path is None or not path.exists():
+        return [], []
+    made_by = f"python gradcam.py {utils.quote(run.folder)}"
+    kinds |= {name: float for name in ("confidence", "border_drop", "centre_drop")} | {"group": str, "checkpoint": str}
+    rows = utils.read_csv(path, made_by, "attention figures", kinds)
+    found = {group: {row["pair"]: row for row in rows if row["group"] == group} for group in ("failure", "matched")}
+    wanted = set(np.flatnonzero(run.raw.failures))
+    again = f"python failures.py {utils.quote(run.folder)}, then {made_by}"
+    if any(row["checkpoint"] != (utils.checkpoint_id(run.folder) or "") for row in rows):
+        warn(f"{path} belongs to another best.pt and is left out; run {again}")
+    elif not wanted <= {row["index"] for row in found["failure"].values()}:
+        warn(f"{path} does not have all failures above {CONFIDENT} and is left out; run {again}")
+    else:
+        pairs = [k for k, row in found["failure"].items() if k in found["matched"] and row["index"] in wanted]
+        return tuple([found[group][k] for k in pairs] for group in ("failure", "matched"))
+    return [], []
+
+
+def read_label_errors(path):
+    """(index, given label, votes for it out of 5) of the audited test images, three (M,) integer arrays.
+
+    path: cifar100_mturk.json of github.com/cleanlab/label-errors, Northcutt et al., arXiv:2103.14749.
     """
-    texts = "failures need the border more than the centre", "failures need the border more than correct ones do"
-    if not reports:
-        note = "not measured: run failures.py and gradcam.py on the baseline"
-        return [claim(text, None, None, "above", 0, "", None, note) for text in texts]
 
-    def mean(group, figure):
-        return np.mean([report[group][figure]["mean"] for report in reports])
+    def parse(content):
+        entries = json.loads(content)
+        audit = [(e["id"], e["given_original_label"], e["mturk"]["given"]) for e in entries]
+        utils.require(all(type(x) is int for row in audit for x in row) and audit, "no votes in it")
+        index, given, votes = np.array(audit).T
+        utils.require(0 <= index.min() and index.max() < 10_000 and len(set(index)) == len(index), "odd ids")
+        return index, given, votes
 
-    rows, note = [], ""
-    if several and len(reports) == 1:
-        note = "attention of one baseline only: the luck of training is not in the interval; run gradcam.py on others"
-    for text, group, control, value in (
-        (texts[0], "failures", "hiding the centre", mean("failures", "centre_drop")),
-        (texts[1], "failures_minus_matched", "correct, equally confident", mean("matched", "border_reliance")),
-    ):
-        values = np.array([report[group]["border_reliance"]["mean"] for report in reports])
-        width = np.mean(
-            [np.ptp([report[group]["border_reliance"][end] for end in ("low", "high")]) for report in reports]
-        )
-        by_images = np.random.default_rng(1).normal(0, width / (2 * 1.96), 2000)
-        degrees = len(reports) - 1
-        error = values.std(ddof=1) / math.sqrt(len(values)) if degrees else 0
-        ends = np.quantile(luck(values.mean(), by_images, error, degrees), [0.025, 0.975])
-        rows.append(claim(text, values.mean(), ends, "above", 0, control, value, note))
-    return rows
+    made_by = "a download of cifar100_mturk.json from github.com/cleanlab/label-errors"
+    return utils.read(Path(path).expanduser(), parse, "the audit of CIFAR-100's labels", made_by)
 
 
-def print_verdict(rows):
-    """The table of the claims, in points (1 / 100)."""
-    width = max(len(row["claim"]) for row in rows)
-    print(f"{'claim':<{width}} {'claimed':>8} {'figure':>7}  {'95 % interval':<16} {'control':>7}  word")
-    for row in rows:
-        side = {"below": "<", "above": ">", "within": "+-"}[row["side"]]
-        claimed = f"{side} {100 * (MARGIN if row['side'] == 'within' else row['reference']):.3g}"
-        figure, control = ("-" if x is None else f"{100 * x:.2f}" for x in (row["figure"], row["control_value"]))
-        ends = "[{:.2f}, {:.2f}]".format(*(100 * end for end in row["ci95"])) if row["ci95"] else "-"
-        print(f"{row['claim']:<{width}} {claimed:>8} {figure:>7}  {ends:<16} {control:>7}  {row['word']}")
-    for note in dict.fromkeys(row["note"] for row in rows if row["note"]):
-        print(f"  not decided: {note}")
+def print_label_errors(run, audit):
+    """How many confident failures people dispute, and the accuracy without the disputed images."""
+    index, given, votes = audit
+    if not np.array_equal(given, run.labels[index]):
+        raise ScriptError(f"the file of --label-errors was made for other labels than those of {run.folder}")
+    disputed = np.isin(np.arange(len(run.labels)), index[votes < 3])
+    failures, accuracy = run.raw.failures, run.raw.correct[~disputed].mean()
+    print(f"{run.name}: people dispute the labels of {(failures & disputed).sum()} of {failures.sum()} confident")
+    print(f"  failures, and of {disputed.sum()} test images in all; accuracy without those {100 * accuracy:.2f} %")
 
 
-def verdict(baselines, changed, labels):
-    """Print the claims about the step from one recipe to another; verdict.json and .png go to the second."""
-    folder = changed[0]["dir"]
-    names = [
-        f"{arm[0]['dir'].name} (seed{'s' * (len(arm) > 1)} {', '.join(str(run['seed']) for run in arm)})"
-        for arm in (baselines, changed)
-    ]
-    print(f"\nverdict on the step from {names[0]}\nto {names[1]}; in points")
-    rows = judge(baselines, changed, labels)
-    print_verdict(rows)
-    print(
-        "  scaled: after temperature scaling of each run. control: what the figure would be without the effect, or how far\n"
-        "  luck alone moves it; verdict.json says which. Intervals: the choice of test images"
-        + (" and the luck of training." if len(baselines + changed) > 2 else ".")
-    )
-    attended = sum(run["attention"] is not None for run in baselines)
-    if 0 < attended < len(baselines):
-        print(
-            f"  The border: in {attended} of {len(baselines)} baselines; gradcam.py has not been through the others."
-        )
-    content = dict(zip(("baselines", "changed"), ([str(run["dir"]) for run in arm] for arm in (baselines, changed))))
-    content["baselines_with_attention"] = attended
-    utils.write_json(folder / "verdict.json", content | {"claims": rows})
-    draw_verdict(folder / "verdict.png", rows, f"from {names[0]}\nto {names[1]}")
-    print(f"  wrote verdict.json and verdict.png to {folder}")
-    return rows
+# ---- stress ---------------------------------------------------------------------------------------------
+
+GROUPS = {"noise": CORRUPTIONS[:3], "blur": CORRUPTIONS[3:6], "weather": CORRUPTIONS[6:8], "digital": CORRUPTIONS[8:]}
+EPSILONS = (0.25, 1, 2, 8)  # largest change of a pixel by an attack, in gray levels of 255
+NEIGHBOURS = [(dy, dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1) if (dy, dx) != (0, 0)]
+CONDITIONS = (  # (kind, name, strength), the rows of stress.csv and of the arrays
+    [("clean", "", 0)]
+    + [("corruption", name, severity) for name in CORRUPTIONS for severity in range(1, 6)]
+    + [("shift", f"{dy} {dx}", 1) for dy, dx in NEIGHBOURS]
+    + [(attack, "", epsilon) for attack in ("fgsm", "pgd", "transfer") for epsilon in EPSILONS]
+)
+COST = {"fgsm": 3, "pgd": 21, "transfer": 21}  # in forward passes; the others: 1
 
 
-# ---- files and figures -------------------------------------------------------------------------------------
+@dataclass(eq=False)
+class Stress:
+    """Predictions of a run on N of the test images under every condition; NaN confidence: not measured."""
+
+    index: np.ndarray  # (N,) of the test images
+    labels: np.ndarray  # (N,)
+    preds: np.ndarray  # (conditions, N) uint8
+    confidence: np.ndarray  # (conditions, N) float32
+    source: str  # of the corrupted images
+
+    def rows(self, kind, name=None, strength=None):
+        chosen = [
+            k
+            for k, condition in enumerate(CONDITIONS)
+            if condition[0] == kind and name in (None, condition[1]) and strength in (None, condition[2])
+        ]
+        return np.array(chosen)
+
+    def correct(self, *condition, **more):
+        """(N,): share of the chosen conditions under which an image is classified correctly; NaN if not measured."""
+        rows = self.rows(*condition, **more)
+        right = np.where(np.isnan(self.confidence[rows]), np.nan, self.preds[rows] == self.labels)
+        return right.mean(0)
+
+    def accuracy(self, *condition, **more):
+        return float(self.correct(*condition, **more).mean())
+
+    def mean_confidence(self, *condition, **more):
+        return float(self.confidence[self.rows(*condition, **more)].mean())
+
+    @property
+    def shift_changes(self):
+        """Share of the one-pixel shifts that change the prediction; NaN if not measured."""
+        rows = self.rows("shift")
+        missing = np.isnan(self.confidence[rows]).any()
+        return math.nan if missing else float((self.preds[rows] != self.preds[0]).mean())
+
+
+def attack(model, images, labels, epsilon, steps, autocast):
+    """Images (B, 32, 32, 3) float32 in 0..255, each pixel changed by at most epsilon so as to be misclassified.
+
+    steps = 1: FGSM, one step of epsilon (Goodfellow et al., arXiv:1412.6572). More: PGD from a random start
+    in steps of 2.5 epsilon / steps (Madry et al., arXiv:1706.06083). Both climb the margin max_{k != y} z_k -
+    z_y: the cross-entropy's gradient vanishes where the softmax saturates.
+    """
+    clean = images.float()
+    x, step = clean, epsilon
+    if steps > 1:
+        start = torch.rand(clean.shape, generator=torch.Generator().manual_seed(0)).to(clean.device)
+        x, step = clean + epsilon * (2 * start - 1), 2.5 * epsilon / steps
+    true = F.one_hot(labels, NUM_CLASSES).bool()
+    for _ in range(steps):
+        x = x.clamp(0, 255).requires_grad_()
+        with torch.enable_grad(), autocast():
+            logits = model(normalize(x)).float()
+            margin = (logits.masked_fill(true, -torch.inf).amax(1) - logits[true]).sum()
+        (gradient,) = torch.autograd.grad(margin, x)
+        x = x.detach() + step * gradient.sign()
+        x = torch.minimum(torch.maximum(x, clean - epsilon), clean + epsilon)
+    return x.clamp(0, 255)
+
+
+def read_cifar_c(folder, name, severity, index, labels):
+    """Test images `index` of the authors' CIFAR-100-C, (N, 32, 32, 3) uint8: 10,000 per severity, one after the other."""
+    download = "a download of CIFAR-100-C (zenodo.org/records/3555552)"
+
+    def check(array, shape, dtype):
+        utils.require(array.shape == shape and array.dtype.kind == dtype, f"{array.dtype} {array.shape}")
+
+    found = utils.read_npy(folder / "labels.npy", download, "labels of 50,000 images", lambda a: check(a, (50_000,), a.dtype.kind))
+    if not np.array_equal(found[:10_000][index], labels):
+        raise ScriptError(f"{folder / 'labels.npy'} has other labels than the test set; point --cifar-c to CIFAR-100-C")
+    images = utils.read_npy(folder / f"{name}.npy", download, "images", lambda a: check(a, (50_000, 32, 32, 3), "u"))
+    return torch.from_numpy(images[(severity - 1) * 10_000 + index])
+
+
+class StressTest:
+    """Measures the runs of one call under every condition: the images, the networks, the options."""
+
+    def __init__(self, args, runs, baselines, device):
+        dataset, data_dir = utils.dataset_of(runs[0].folder, runs[0].config, args)
+        images, labels = load_dataset(dataset, data_dir, train=False)
+        if not np.array_equal(labels.numpy(), runs[0].labels):
+            raise ScriptError(f"the runs were scored on other images than those in {data_dir}; set --data-dir")
+        by_class = np.argsort(runs[0].labels, kind="stable").reshape(NUM_CLASSES, -1)
+        self.index = np.sort(by_class[:, : args.stress_images // NUM_CLASSES].ravel())
+        self.images, self.labels = images[self.index], labels[self.index]
+        self.cifar_c = args.cifar_c and Path(args.cifar_c).expanduser()
+        self.source = "CIFAR-100-C" if args.cifar_c else "re-implemented"
+        self.baselines, self.device = baselines, device
+        dtype, _ = utils.select_precision("auto", device)
+        self.autocast = functools.partial(torch.autocast, device.type, dtype, enabled=dtype is not None)
+
+    def network(self, run):
+        path = run.folder / "best.pt"
+        return utils.network(utils.load_checkpoint(path), path, self.device).requires_grad_(False)
+
+    def batches(self, kind, name, strength, attacked):
+        """The images of a condition, (B, 32, 32, 3) in 0..255 on the device, 250 at a time."""
+        images = self.images
+        if kind == "corruption" and self.cifar_c:
+            images = read_cifar_c(self.cifar_c, name, strength, self.index, self.labels.numpy())
+        elif kind == "corruption":
+            images = corrupt(images, name, strength)
+        elif kind == "shift":
+            dy, dx = map(int, name.split())
+            padded = F.pad(images, (0, 0, 1, 1, 1, 1))  # black, as in the training's crops
+            images = padded[:, 1 + dy : 33 + dy, 1 + dx : 33 + dx]
+        for batch, labels in zip(images.split(250), self.labels.split(250)):
+            batch, labels = batch.to(self.device), labels.to(self.device)
+            if kind in ("fgsm", "pgd", "transfer"):
+                batch = attack(attacked, batch, labels, strength, 1 if kind == "fgsm" else 10, self.autocast)
+            yield batch
+
+    def measure(self, run):
+        """Measure what run.stress lacks, saving after every condition: an interrupted test goes on from there."""
+        stress, shape = run.stress, (len(CONDITIONS), len(self.index))
+        if stress is None or not np.array_equal(stress.index, self.index) or stress.source != self.source:
+            preds, confidence = np.zeros(shape, np.uint8), np.full(shape, np.nan, np.float32)
+            run.stress = stress = Stress(self.index, self.labels.numpy(), preds, confidence, self.source)
+            (run.folder / "stress.csv").unlink(missing_ok=True)  # it tells what the arrays are, until now
+        model, victim = self.network(run), None
+        if run not in self.baselines:  # it is shown images made against the baseline of its seed, else the first one
+            same_seed = [base for base in self.baselines if base.seed == run.seed]
+            victim = self.network((same_seed or self.baselines)[0])
+        todo = [k for k in range(len(CONDITIONS)) if np.isnan(stress.confidence[k, 0])]
+        todo = [k for k in todo if CONDITIONS[k][0] != "transfer" or victim]
+        costs = [COST.get(CONDITIONS[k][0], 1) for k in todo]
+        progress, start = utils.Progress(), time.monotonic()
+        for done, k in enumerate(todo):
+            batches = self.batches(*CONDITIONS[k], victim if CONDITIONS[k][0] == "transfer" else model)
+            with self.autocast():
+                probs = utils.predict(model, map(normalize, batches)).softmax(1)
+            confidence, preds = probs.max(1)
+            stress.confidence[k], stress.preds[k] = confidence.cpu().numpy(), preds.cpu().numpy()
+            write_stress(run)
+            if progress.due():
+                left = (time.monotonic() - start) / sum(costs[: done + 1]) * sum(costs[done + 1 :])
+                progress.show(f"{run.name}: condition {done + 1}/{len(todo)}, {utils.duration(left)} left")
+        progress.clear()
+
+
+def write_stress(run):
+    """stress_preds.npy, stress_confidence.npy and stress.csv, the last one last: it tells what the arrays are."""
+    stress, rows = run.stress, []
+    for k, (kind, name, strength) in enumerate(CONDITIONS):
+        accuracy, confidence = (stress.preds[k] == stress.labels).mean(), stress.confidence[k].mean()
+        if np.isnan(confidence):
+            accuracy = confidence = ""
+        rows.append({"kind": kind, "name": name, "strength": strength, "accuracy": accuracy})
+        rows[-1] |= {"mean_confidence": confidence, "images": len(stress.index), "source": stress.source}
+        rows[-1] |= {"checkpoint": utils.checkpoint_id(run.folder)}
+    utils.write_npy(run.folder / "stress_preds.npy", stress.preds)
+    utils.write_npy(run.folder / "stress_confidence.npy", stress.confidence)
+    utils.write_csv(run.folder / "stress.csv", rows)
+
+
+def read_stress(run):
+    """The Stress that was saved for this best.pt, or None."""
+    path, made_by = run.folder / "stress.csv", f"python evaluate.py {utils.quote(run.folder)} --stress --refresh"
+    if not path.exists():
+        return None
+    rows = utils.read_csv(path, made_by, "stress results", {"images": int, "source": str, "checkpoint": str})
+    if rows[0]["checkpoint"] != (utils.checkpoint_id(run.folder) or ""):
+        warn(f"{path} belongs to another best.pt and is left out; run {made_by}")
+        return None
+    by_class = np.argsort(run.labels, kind="stable").reshape(NUM_CLASSES, -1)
+    index = np.sort(by_class[:, : rows[0]["images"] // NUM_CLASSES].ravel())
+    shape = (len(CONDITIONS), len(index))
+
+    def load(what, dtype):
+        def check(array):
+            sound = array.shape == shape and array.dtype == dtype
+            utils.require(sound, f"{array.dtype} {array.shape}, {dtype} {shape} is wanted")
+
+        return utils.read_npy(run.folder / f"stress_{what}.npy", made_by, "stress results", check)
+
+    preds, confidence = load("preds", "uint8"), load("confidence", "float32")
+    return Stress(index, run.labels[index], preds, confidence, rows[0]["source"])
+
+
+# ---- tables ---------------------------------------------------------------------------------------------
+
+
+def print_table(header, rows, markdown=False):
+    """Rows of text under a header; the first column is the name of the row, on a line of its own if there is no room."""
+    if markdown:
+        for cells in [header, ["---"] * len(header), *rows]:
+            print("| " + " | ".join(cells) + " |")
+        return
+    widths = [max(len(cells[k]) for cells in [header, *rows]) for k in range(len(header))]
+    if sum(widths) + len(widths) > 79:
+        widths[0] = max(0, 79 - sum(widths[1:]) - len(widths))
+    for cells in [header, *rows]:
+        if len(cells[0]) > widths[0]:
+            print(cells[0])
+            cells = ["", *cells[1:]]
+        print(f"{cells[0]:<{widths[0]}} " + " ".join(f"{cell:>{w}}" for cell, w in zip(cells[1:], widths[1:])))
+
+
+def cell(value, unit=100, digits=2):
+    """A fraction as points, or a dash where there is nothing."""
+    return "-" if value is None or math.isnan(value) else f"{unit * value + 0.0:.{digits}f}"
+
+
+def ends_cell(ends, unit=100, digits=1):
+    """An interval, in the same way."""
+    return "-" if ends is None else f"[{', '.join(f'{unit * end + 0.0:.{digits}f}' for end in ends)}]"
+
+
+CLASSIFICATION = {"precision": "macro_precision", "recall": "macro_recall", "F1": "macro_f1", "top-5": "top5_accuracy",
+                  "super": "superclass_accuracy", "conf.err": "confident_errors"}  # fmt: skip
+CALIBRATION = {"NLL": "nll", "Brier": "brier", "gap": "signed_gap", "ECE": "ece", "floor": "ece_null",
+               "AURC": "aurc", "AUROC": "auroc_failure"}  # fmt: skip
+
+
+def print_scores(named, published, markdown):
+    """named: {name: (values, ci95 or {})} of runs, means over seeds and ensembles."""
+    rows = [("published (smoothing 0.1)", (PUBLISHED, {}))] * published + list(named.items())
+    table = []
+    for name, (values, ci95) in rows:
+        accuracy = cell(values["accuracy"]) + (f" {ends_cell(ci95['accuracy'])}" if ci95 else "")
+        table.append([name, accuracy] + [cell(values.get(key)) for key in CLASSIFICATION.values()])
+    print_table(["in %", "accuracy [95 %]", *CLASSIFICATION], table, markdown)
+    print()
+    table = []
+    for name, (values, _) in named.items():
+        for suffix in ("", "_scaled"):
+            found = [values.get(key + suffix) for key in CALIBRATION.values()]
+            units = [(1, 3) if key in ("nll", "brier") else (100, 2) for key in CALIBRATION.values()]
+            t = values.get("temperature")
+            label = name if not suffix else f"  T = {t:.3f}" if t else "  scaled"
+            table.append([label] + [cell(value, *unit) for value, unit in zip(found, units)])
+    print_table(["in %, NLL in nats", *CALIBRATION], table, markdown)
+
+
+LEGEND = """\
+precision, recall, F1: macro. super: right superclass. conf.err: wrong with a
+confidence above 0.90, of all images. gap: mean confidence - accuracy. floor:
+ECE of a perfectly calibrated model. AURC: mean error rate over all coverages.
+AUROC: of confidence, for errors. T: the same with logits / T, where T fits the
+validation images."""
+
+
+def mean_and_spread(arm):
+    """{name: (values, {})}: mean and standard deviation over the seeds of one recipe, if it has several."""
+    if len(arm) < 2:
+        return {}
+    columns = {key: [run.values[key] for run in arm] for key in arm[0].values}
+    return {
+        f"{arm[0].name}: mean of {len(arm)}": ({key: float(np.mean(v)) for key, v in columns.items()}, {}),
+        f"{arm[0].name}: deviation": ({key: float(np.std(v, ddof=1)) for key, v in columns.items()}, {}),
+    }
+
+
+def print_details(run, names):
+    """The hardest and easiest classes of a run, and the pairs it confuses."""
+    rows = per_class_rows(run, names)
+    ranked = sorted(rows, key=lambda row: row["accuracy"])
+    cells = [f"{row['class']:<15} {100 * row['accuracy']:3.0f} [{100 * row['low']:.0f}, {100 * row['high']:.0f}]"
+             for row in ranked]  # fmt: skip
+    print(f"\n{'ten worst classes':<38} ten best, accuracy in % [95 %]")
+    for worst, best in zip(cells[:10], cells[:-11:-1]):
+        print(f"  {worst:<36} {best}")
+    confusion = confusion_matrix(run.labels, run.raw.pred, NUM_CLASSES)
+    pairs = [f"{names[i]}/{names[j]} {errors}" for i, j, errors in confused_pairs(confusion, 5)]
+    print(textwrap.fill("most confused: " + ", ".join(pairs), 79, subsequent_indent="  "))
+
+
+def print_verdict(rows, markdown):
+    """The table of the claims, and why some are not decided."""
+    table, notes = [], {}
+    for claim, estimate, ends, word in rows:
+        digits = 2 if estimate.unit == 100 else 3
+        figure = cell(estimate.figure, estimate.unit, digits)
+        control_unit = estimate.control_unit or estimate.unit
+        control = cell(estimate.control_value, control_unit, 2 if control_unit == 100 else 3 if estimate.control_unit is None else 1)
+        table.append([claim.text, figure, ends_cell(ends, estimate.unit, digits), control, word])
+        if estimate.note:
+            notes.setdefault(estimate.note, []).append(claim.text)
+    print_table(["claim", "figure", "95 % interval", "control", "verdict"], table, markdown)
+    for note, texts in notes.items():
+        which = f"{len(texts)} rows" if len(texts) > 2 else ", ".join(texts)
+        print(textwrap.fill(f"not decided ({which}): {note}", 79, subsequent_indent="  "))
+
+
+def print_stress(runs, markdown):
+    first = runs[0].stress
+    print(f"stress, in %: {len(first.index):,} test images, 12 of the 15 corruptions of CIFAR-100-C ({first.source})")
+    table = []
+    for run in runs:
+        s = run.stress
+        groups = [np.mean([s.accuracy("corruption", name) for name in names]) for names in GROUPS.values()]
+        found = [s.accuracy("clean"), s.mean_confidence("clean"), s.accuracy("corruption"), s.mean_confidence("corruption")]
+        table.append([run.name] + [cell(value, digits=1) for value in [*found, *groups, s.shift_changes]])
+    print_table(["", "clean", "conf", "corrupt", "conf", *GROUPS, "shift"], table, markdown)
+    shown = [("fgsm", 1), ("fgsm", 8)] + [(kind, e) for kind in ("pgd", "transfer") for e in EPSILONS]
+    shown = [(kind, e) for kind, e in shown if not all(math.isnan(run.stress.accuracy(kind, strength=e)) for run in runs)]
+    heads = [f"{kind.replace('transfer', 'tr.')} {e:g}" for kind, e in shown]
+    table = [[run.name] + [cell(run.stress.accuracy(kind, strength=e), digits=1) for kind, e in shown] for run in runs]
+    print_table(["accuracy at eps in 1/255", *heads], table, markdown)
+
+
+# ---- files and pictures of a run ------------------------------------------------------------------------
 
 
 def confused_pairs(confusion, count=20):
@@ -754,40 +1106,9 @@ def confused_pairs(confusion, count=20):
     return [(i, j, int(errors[i, j])) for i, j in zip(*np.unravel_index(order, errors.shape)) if errors[i, j]]
 
 
-def draw_confusion(path, confusion, names, title):
-    figure, (matrix, bars) = utils.new_figure(20, 13, 1, 2, width_ratios=[14, 6])
-    order = np.argsort(SUPERCLASS_OF, kind="stable")
-    shown = confusion[np.ix_(order, order)].astype(float)
-    np.fill_diagonal(shown, np.nan)  # the hits would own the colour scale
-    picture = matrix.imshow(shown, cmap="cividis")
-    labels = [names[k] for k in order]
-    matrix.set_xticks(range(NUM_CLASSES), labels, rotation=90, fontsize=6)
-    matrix.set_yticks(range(NUM_CLASSES), labels, fontsize=6)
-    for edge in range(0, NUM_CLASSES, 5):  # a frame around the five classes of each superclass
-        matrix.plot(
-            np.array([0, 5, 5, 0, 0]) + edge - 0.5,
-            np.array([0, 0, 5, 5, 0]) + edge - 0.5,
-            color="white",
-            linewidth=0.7,
-        )
-    matrix.set(xlabel="predicted class", ylabel="true class")
-    matrix.set_title("errors; frames: the superclasses; blank diagonal: correct")
-    figure.colorbar(picture, ax=matrix, label="test images", shrink=0.5)
-
-    pairs = confused_pairs(confusion)[::-1]
-    colors = [utils.BLUE if SUPERCLASS_OF[i] == SUPERCLASS_OF[j] else utils.VERMILION for i, j, _ in pairs]
-    bars.barh([f"{names[i]} / {names[j]}" for i, j, _ in pairs], [errors for _, _, errors in pairs], color=colors)
-    bars.margins(y=0.01)
-    bars.set(
-        xlabel="errors, both ways together",
-        title="most confused pairs\nblue: same superclass, vermilion: different ones",
-    )
-    figure.suptitle(title)
-    utils.save_figure(figure, path)
-
-
-def per_class_rows(confusion, names):
+def per_class_rows(run, names):
     """One dict per class, in label order: what per_class.csv holds."""
+    confusion = confusion_matrix(run.labels, run.raw.pred, NUM_CLASSES)
     hits, images, predicted = np.diag(confusion), confusion.sum(1), confusion.sum(0)
     errors = confusion - np.diag(hits)
     low, high = utils.wilson_interval(hits, np.maximum(images, 1))
@@ -806,378 +1127,329 @@ def per_class_rows(confusion, names):
             "mostly_taken_for": names[errors[k].argmax()] if errors[k].any() else "",
             "times": errors[k].max(),
         }
-        for k in range(len(names))
+        for k in range(NUM_CLASSES)
     ]
 
 
-def draw_per_class(path, rows, title):
+def draw_confusion(path, run, names, title):
+    from matplotlib.colors import LogNorm
+
+    confusion = confusion_matrix(run.labels, run.raw.pred, NUM_CLASSES)
+    figure, (matrix, bars) = utils.new_figure(16, 9.5, 1, 2, width_ratios=[10, 6])
+    order = np.argsort(SUPERCLASS_OF, kind="stable")
+    shown = confusion[np.ix_(order, order)].astype(float)
+    np.fill_diagonal(shown, np.nan)  # the hits would own the colour scale
+    shown[shown == 0] = np.nan
+    picture = matrix.imshow(shown, cmap="viridis", norm=LogNorm(1, max(2, np.nanmax(shown, initial=1))))
+    families = [name.replace("_", " ") for name in SUPERCLASSES]
+    if names[0] != "apple":  # the synthetic set has no superclasses with names
+        families = [f"group {k}" for k in range(20)]
+    matrix.set_xticks(np.arange(2, 100, 5), families, rotation=90, fontsize=9)
+    matrix.set_yticks(np.arange(2, 100, 5), families, fontsize=9)
+    for edge in range(0, NUM_CLASSES, 5):  # a frame around the five classes of each superclass
+        left, right = edge - 0.5, edge + 4.5
+        matrix.plot([left, right, right, left, left], [left, left, right, right, left], color="black", linewidth=0.8)
+    matrix.set(xlabel="predicted class", ylabel="true class", title="errors; frames: inside a superclass")
+    figure.colorbar(picture, ax=matrix, label="test images (logarithmic)", shrink=0.5, format="%d", ticks=[1, 2, 5, 10, 20, 50])
+    pairs = confused_pairs(confusion)[::-1]
+    colors = [utils.BLUE if SUPERCLASS_OF[i] == SUPERCLASS_OF[j] else utils.VERMILION for i, j, _ in pairs]
+    bars.barh([f"{names[i]} / {names[j]}" for i, j, _ in pairs], [errors for _, _, errors in pairs], color=colors)
+    bars.margins(y=0.01)
+    bars.set(xlabel="errors, both ways together", title="most confused pairs\nblue: same superclass, vermilion: different")
+    figure.suptitle(title)
+    utils.save_figure(figure, path)
+
+
+def draw_per_class(path, run, names, title):
+    rows = sorted(per_class_rows(run, names), key=lambda row: row["accuracy"])
     figure, axes = utils.new_figure(8, 14)
-    rows = sorted(rows, key=lambda row: row["accuracy"])
     accuracy, low, high = (100 * np.array([row[key] for row in rows]) for key in ("accuracy", "low", "high"))
-    axes.errorbar(
-        accuracy,
-        range(len(rows)),
-        xerr=[accuracy - low, high - accuracy],
-        fmt="o",
-        color=utils.BLUE,
-        ecolor=utils.GRAY,
-        markersize=3,
-    )
-    axes.set_yticks(range(len(rows)), [row["class"] for row in rows], fontsize=6)
-    axes.set(
-        xlabel="accuracy on the images of the class (%), with 95 % Wilson interval",
-        ylim=(-1, len(rows)),
-        xlim=(0, 100),
-        title=title,
-    )
+    errors = [accuracy - low, high - accuracy]
+    style = {"fmt": "o", "color": utils.BLUE, "ecolor": utils.GRAY, "markersize": 3}
+    axes.errorbar(accuracy, range(len(rows)), xerr=errors, **style)
+    axes.set_yticks(range(len(rows)), [row["class"] for row in rows], fontsize=7)
+    axes.set(xlabel="accuracy on the class's images (%), with 95 % Wilson interval", title=title)
+    axes.set(xlim=(0, 100), ylim=(-1, len(rows)))
     axes.axvline(accuracy.mean(), color=utils.VERMILION, linestyle="--", label=f"mean {accuracy.mean():.1f} %")
     axes.grid(axis="x", alpha=0.3)
     axes.legend(loc="lower right")
     utils.save_figure(figure, path)
 
 
-def draw_reliability(path, runs, title):
+def draw_reliability(path, run, title):
     """Accuracy against confidence in 15 bins, above the images in each; as trained and temperature-scaled."""
-    figure, axes = utils.new_figure(11 * len(runs), 6.5, 2, 2 * len(runs), sharex=True, height_ratios=[3, 1])
-    panels = []
-    for run in runs:
-        name = f"{run['dir'].name}\n" if len(runs) > 1 else ""
-        panels.append((run["scores"], f"{name}as trained", run["metrics"], ""))
-        panels.append(
-            (run["scaled"], f"{name}logits / {run['metrics']['temperature']:.3f}", run["metrics"], "_scaled")
-        )
+    figure, axes = utils.new_figure(9, 6.5, 2, 2, sharex=True, sharey="row", height_ratios=[3, 1])
+    panels = (run.raw, "as trained", ""), (run.scaled, f"logits / {run.temperature:.3f}", "_scaled")
     centers = (np.arange(15) + 0.5) / 15
-    for (top, bottom), (seen, label, metrics, suffix) in zip(axes.T, panels):
-        bins = calibration_bins(seen["confidence"])
+    for (top, bottom), (scores, label, suffix) in zip(axes.T, panels):
+        bins = calibration_bins(scores.confidence)
         count = np.bincount(bins, minlength=15)
         filled = count > 0
-        accuracy, confidence = (
-            np.bincount(bins, seen[what], 15)[filled] / count[filled] for what in ("correct", "confidence")
-        )
+        accuracy = np.bincount(bins, scores.correct, 15)[filled] / count[filled]
+        confidence = np.bincount(bins, scores.confidence, 15)[filled] / count[filled]
         top.bar(centers[filled], accuracy, 1 / 15, color=utils.BLUE, edgecolor="white", label="accuracy in the bin")
         top.plot(confidence, confidence, "D", color=utils.VERMILION, markersize=4, label="mean confidence in the bin")
         top.plot([0, 1], [0, 1], "--", color=utils.GRAY, label="perfectly calibrated")
-        ece, null = (100 * metrics[f"{key}{suffix}"] for key in ("ece", "ece_null"))
-        top.set(title=f"{label}: ECE {ece:.2f} % ({null:.2f} % if calibrated)")
-        top.set(ylabel="accuracy", xlim=(0, 1), ylim=(0, 1))
-        top.legend(loc="upper left")
+        ece, floor = 100 * run.values[f"ece{suffix}"], 100 * run.values[f"ece_null{suffix}"]
+        top.set(title=f"{label}: ECE {ece:.2f} % ({floor:.2f} % if calibrated)", xlim=(0, 1), ylim=(0, 1))
         bottom.bar(centers, count, 1 / 15, color=utils.GRAY, edgecolor="white")
-        bottom.set(xlabel="confidence (largest probability)", ylabel="test images")
+        bottom.set(xlabel="confidence (largest probability)")
+    axes[0, 0].set(ylabel="accuracy")
+    axes[1, 0].set(ylabel="test images")
+    axes[0, 0].legend(loc="upper left")
     figure.suptitle(title)
     utils.save_figure(figure, path)
 
 
-def draw_risk_coverage(path, runs, title):
-    """Error rate among the most confident images against their share, of two runs."""
-    figure, axes = utils.new_figure(8, 5.5)
-    for run, color in zip(runs, (utils.BLUE, utils.VERMILION)):
-        for kind, style, label in (("scores", "-", "as trained"), ("scaled", ":", "after temperature scaling")):
-            risk = risk_coverage(run[kind]["confidence"], run[kind]["correct"])
-            label = f"{run['dir'].name}, {label}: AURC {100 * risk.mean():.2f} %"
-            axes.plot(100 * np.arange(1, len(risk) + 1) / len(risk), 100 * risk, style, color=color, label=label)
-    axes.axvline(80, color=utils.GRAY, linewidth=0.8)
-    axes.set(xlabel="coverage: the most confident share of the test images (%)", ylabel="error rate among them (%)")
-    axes.set(xlim=(0, 100), ylim=(0, None))
-    axes.grid(alpha=0.3)
-    axes.legend(loc="upper left")
-    figure.suptitle(title, fontsize=10)
-    utils.save_figure(figure, path)
+def write_run(run, args):
+    """Score a run: metrics.json, confusion.npy, per_class.csv and the pictures, which are drawn if the scores are new."""
+    folder, dataset = run.folder, run.config["dataset"]
+    metrics_of = {name: value for name, value in run.values.items()} | {"temperature": run.temperature}
+    no_interval = ("ece",)  # resampling inflates it
+    ci95 = {name: ends for name, d in run.draws.items() if name not in no_interval and (ends := interval(d))}
+    content = {"images": len(run.labels)} | metrics_of | {"ci95": ci95}
+    content["sha256"] = checksums(folder)
+    new = utils.write_json(folder / "metrics.json", content)
+    names = class_names(dataset)
+    utils.write_npy(folder / "confusion.npy", confusion_matrix(run.labels, run.raw.pred, NUM_CLASSES))
+    utils.write_csv(folder / "per_class.csv", per_class_rows(run, names))
+    title = f"{run.name}: {len(run.labels):,} test images of {TITLES[dataset]}"
+    draw = {"confusion.png": lambda path: draw_confusion(path, run, names, title)}
+    draw["per_class.png"] = lambda path: draw_per_class(path, run, names, title)
+    draw["reliability.png"] = lambda path: draw_reliability(path, run, title)
+    published = not (folder / "best.pt").exists()  # it keeps the pictures that it came with
+    for name, function in draw.items():
+        if new or args.refresh or not (published or (folder / name).exists()):
+            function(folder / name)
 
+
+# ---- pictures of a study --------------------------------------------------------------------------------
 
 WORD_COLORS = {"supported": utils.BLUE, "contradicted": utils.VERMILION, "not decided": utils.GRAY}
 
 
 def draw_verdict(path, rows, title):
-    """One line per claim, its interval on a scale of its own; rows: of judge()."""
-    figure, axes = utils.new_figure(13.3, 1.6 + 0.48 * len(rows))
-    axes.set(xlim=(-4.6, 5.6), ylim=(len(rows) - 0.4, -1.3))
+    """A line per claim, each on a scale of its own: the runs as small dots, the figure with its interval, the verdict."""
+    figure, axes = utils.new_figure(12, 1.6 + 0.46 * len(rows))
+    axes.set(xlim=(-3.6, 4.6), ylim=(len(rows) - 0.4, -1.3))
     axes.axis("off")
-    heads = (
-        (-4.5, "claim", "left"),
-        (1.35, "figure, 95 % interval", "left"),
-        (2.75, "control", "left"),
-        (5.5, "word", "right"),
-    )
-    for x, head, side in heads:
-        axes.text(x, -0.8, head, ha=side, va="center", fontsize=10, weight="bold")
-    axes.text(0, -0.8, "wrong  |  as claimed", ha="center", va="center", fontsize=9)
-    for y, row in enumerate(rows):
-        color = WORD_COLORS[row["word"]]
-        axes.text(-4.5, y, row["claim"], va="center", fontsize=10)
-        axes.text(5.5, y, row["word"], ha="right", va="center", fontsize=10, color=color, weight="bold")
-        if row["figure"] is None:
-            axes.text(1.35, y, "not measured", va="center", fontsize=9, color=utils.GRAY)
+    for x, head, side in ((-3.5, "claim", "left"), (1.3, "figure, 95 % interval", "left"), (4.5, "verdict", "right")):
+        axes.text(x, -0.8, head, ha=side, va="center", fontsize=11, weight="bold")
+    axes.text(0, -0.8, "shaded: as claimed; small dots: the runs", ha="center", va="center", fontsize=9)
+    for y, (claim, estimate, ends, word) in enumerate(rows):
+        color = WORD_COLORS[word]
+        axes.text(-3.5, y, claim.text, va="center", fontsize=11)
+        axes.text(4.5, y, word, ha="right", va="center", fontsize=11, color=color, weight="bold")
+        if ends is None:
+            axes.text(1.3, y, "no figure", va="center", fontsize=10, color=utils.GRAY)
             continue
-        sign = -1 if row["side"] == "below" else 1  # the claimed side is always to the right
-        points = np.array([row["figure"], *(row["ci95"] or [])]) - row["reference"]
-        margin = MARGIN if row["side"] == "within" else 0
-        scale = 1.1 * max(np.abs(points).max(), 1.5 * margin, 1e-9)
+        sign = -1 if claim.side == "below" else 1  # the claimed side is always to the right
+        low, middle, high = np.array([ends[0], estimate.figure, ends[1]]) - estimate.reference
+        margin = MARGIN if claim.side == "within" else 0
+        scale = 1.1 * max(abs(low), abs(high), 1.5 * margin, 1e-9)
         left, right = (-margin / scale, margin / scale) if margin else (0, 1)
-        axes.fill_betweenx([y - 0.4, y + 0.4], left, right, color=utils.BLUE, alpha=0.12, linewidth=0)
+        axes.fill_betweenx([y - 0.4, y + 0.4], left, right, color=utils.BLUE, alpha=0.1, linewidth=0)
         axes.plot([0, 0], [y - 0.4, y + 0.4], color="black", linewidth=0.8)
-        axes.plot(sign * points[0] / scale, y, "o", color=color)
-        text = f"{100 * row['figure']:.2f}"
-        if row["ci95"]:
-            axes.plot(sign * points[1:] / scale, [y, y], color=color, linewidth=2)
-            text += " [{:.2f}, {:.2f}]".format(*(100 * end for end in row["ci95"]))
-        axes.text(1.35, y, text, va="center", fontsize=9)
-        if row["control_value"] is not None:
-            axes.text(2.75, y, f"{100 * row['control_value']:.1f}  {row['control']}", va="center", fontsize=8)
-    figure.suptitle(f"{title}\nin points; every line on its own scale, shaded: as claimed", fontsize=11)
+        for dots, shift, edge in zip(estimate.dots, (-0.22, 0.22), (utils.GRAY, color)):
+            inside = [sign * dot / scale for dot in dots if abs(dot) <= scale]
+            axes.plot(inside, [y + shift] * len(inside), "o", color=edge, markersize=3, alpha=0.7)
+        axes.plot([sign * low / scale, sign * high / scale], [y, y], color=color, linewidth=2)
+        axes.plot(sign * middle / scale, y, "o", color=color)
+        digits, unit = (2, "points") if estimate.unit == 100 else (3, "nats")
+        text = cell(estimate.figure, estimate.unit, digits) + " " + ends_cell(ends, estimate.unit, digits)
+        axes.text(1.3, y, f"{text} {unit}", va="center", fontsize=10)
+    figure.suptitle(title, fontsize=12)
     utils.save_figure(figure, path)
 
 
-CLASSIFICATION = {  # column: (key in metrics.json, factor, decimals)
-    "accuracy": ("accuracy", 100, 2), "precision": ("macro_precision", 100, 2), "recall": ("macro_recall", 100, 2),
-    "F1": ("macro_f1", 100, 2), "top-5": ("top5_accuracy", 100, 2), "super": ("superclass_accuracy", 100, 2),
-    "inside": ("errors_within_superclass", 100, 2), "chance": ("errors_within_superclass_null", 100, 2),
-    "sure+wrong": ("confident_errors", 100, 2),
-}  # fmt: skip
-CONFIDENCE = {
-    "gap": ("signed_gap", 100, 2), "ECE": ("ece", 100, 2), "null": ("ece_null", 100, 2), "ECE-ad": ("ece_adaptive", 100, 2),
-    "NLL": ("nll", 1, 3), "Brier": ("brier", 1, 3), "AURC": ("aurc", 100, 2), "E-AURC": ("eaurc", 100, 2),
-    "AUROC": ("auroc_failure", 100, 2), "risk@80": ("risk_at_80", 100, 2),
-}  # fmt: skip
+def draw_stress(path, arms, title):
+    """Accuracy by corruption; accuracy and confidence against severity; accuracy under attack."""
+    figure, (left, middle, right) = utils.new_figure(15, 5, 1, 3)
+    base = arms[0][0].stress
+    names = sorted(CORRUPTIONS, key=lambda name: base.accuracy("corruption", name))
+    for arm, color in zip(arms, (utils.BLUE, utils.VERMILION, utils.GRAY)):
+        label, found = arm[0].name, [run.stress for run in arm]
+
+        def mean(function):
+            return 100 * np.mean([function(stress) for stress in found])
+
+        for k, stress in enumerate(found):
+            values = [100 * stress.accuracy("corruption", name) for name in names]
+            left.plot(values, range(12), "o", color=color, markersize=4, label=label if k == 0 else None)
+        left.axvline(mean(lambda s: s.accuracy("clean")), color=color, linewidth=0.8)
+        severities = range(6)
+        accuracy = [mean(lambda s: s.accuracy("clean"))]
+        confidence = [mean(lambda s: s.mean_confidence("clean"))]
+        for severity in severities[1:]:
+            accuracy.append(mean(lambda s: s.accuracy("corruption", strength=severity)))
+            confidence.append(mean(lambda s: s.mean_confidence("corruption", strength=severity)))
+        middle.plot(severities, accuracy, "-o", color=color, markersize=4, label=f"{label}: accuracy")
+        middle.plot(severities, confidence, "--", color=color, label=f"{label}: mean confidence")
+        middle.fill_between(severities, accuracy, confidence, color=color, alpha=0.12)
+        for attack_name, style in (("pgd", "-o"), ("fgsm", ":"), ("transfer", "--")):
+            values = [mean(lambda s: s.accuracy(attack_name, strength=epsilon)) for epsilon in EPSILONS]
+            if not np.isnan(values).any():
+                what = "made against the baseline" if attack_name == "transfer" else attack_name.upper()
+                right.plot(EPSILONS, values, style, color=color, markersize=4, label=f"{label}: {what}")
+    left.set_yticks(range(12), [name.replace("_", " ") for name in names])
+    left.set(xlabel="accuracy (%), mean of 5 severities; line: clean", xlim=(0, 100))
+    middle.set(xlabel="severity of the corruption (0: clean)", ylabel="%", ylim=(0, 100))
+    right.set(xlabel="largest change of a pixel, in 1/255", ylabel="accuracy (%)", ylim=(0, None), xscale="log")
+    right.set_xticks(EPSILONS, [f"{epsilon:g}" for epsilon in EPSILONS])
+    right.minorticks_off()
+    for axes in (left, middle, right):
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+    figure.suptitle(title)
+    utils.save_figure(figure, path)
 
 
-def print_table(columns, rows):
-    """rows: (name, metrics) pairs; a metric that is missing or undefined is a dash."""
-    width = max(len(name) for name, _ in rows)
-    print(f"\n{'':{width}} " + " ".join(f"{column:>10}" for column in columns))
-    for name, metrics in rows:
-        values = [(metrics.get(key), factor, digits) for key, factor, digits in columns.values()]
-        cells = [f"{'-':>10}" if x is None else f"{factor * x:10.{digits}f}" for x, factor, digits in values]
-        print(f"{name:{width}} " + " ".join(cells))
-
-
-def print_tables(results, published):
-    """Classification, the published run first; then confidence, as trained and after temperature scaling."""
-    print_table(CLASSIFICATION, [("published study", PUBLISHED)] * published + list(results.items()))
-    print(
-        "In %. Precision, recall, F1: macro. super: right superclass. inside: share of the errors inside their superclass;\n"
-        "chance: the same with the wrong predictions shuffled. sure+wrong: wrong with confidence above 0.90, of all\n"
-        "images; smoothing 0.1 teaches 0.901 at most, so there it falls by construction. Intervals: metrics.json."
-    )
-    rows = []
-    for name, metrics in results.items():
-        temperature = f"T = {metrics['temperature']:.3f}" if "temperature" in metrics else "scaled"
-        scaled = {key: metrics.get(f"{key}_scaled") for key, *_ in CONFIDENCE.values()}
-        rows += [(name, metrics), (f"{temperature:>{len(name)}}", scaled)]
-    print_table(CONFIDENCE, rows)
-    print(
-        "In %, but for NLL (nats) and Brier. gap: mean confidence - accuracy. null: ECE of a calibrated model. ECE-ad: bins\n"
-        "of equally many images. E-AURC: AURC above a perfect ranking's. AUROC: of confidence, for errors. risk@80: error\n"
-        "rate of the most confident 80 %. T: after dividing the logits by the temperature that suits the validation images."
-    )
-
-
-def mean_and_spread(arm):
-    """{name: metrics}: mean and standard deviation over the seeds of one recipe, if it has several."""
-    if len(arm) < 2:
-        return {}
-    keys = [key for key, value in arm[0]["metrics"].items() if isinstance(value, float)]
-    columns = {key: [run["metrics"][key] for run in arm] for key in keys}
-    columns = {key: values for key, values in columns.items() if None not in values}
-    name = arm[0]["dir"].name
-    return {
-        f"{name}: mean of {len(arm)}": {key: np.mean(values) for key, values in columns.items()},
-        f"{name}: deviation": {key: np.std(values, ddof=1) for key, values in columns.items()},
-    }
-
-
-def evaluate(run_dir, config, args, device, audit):
-    """Everything for one run: prints, writes its files, and returns what the comparisons need, as a dict."""
-    if device:
-        compute_logits(run_dir, config, args.data_dir, device)
-    logits, labels = utils.load_logits(run_dir, "test")
-    metrics, scores, scaled = compute_metrics(logits, labels, *utils.load_logits(run_dir, "val"))
-    names = class_names(config["dataset"])
-    title = f"{run_dir.name}, {len(labels):,} test images of {TITLES[config['dataset']]}"
-    unfinished = "" if config.get("finished") else "; the run is not finished, this is its best epoch so far"
-    print(f"\n{title}{unfinished}")
-    metrics["label_errors"] = label_noise(run_dir, scores, scaled, labels, names, audit)
-    present = [name for name in ("best.pt", *ARRAYS) if (run_dir / name).exists()]
-    metrics["sha256"] = {name: utils.sha256(run_dir / name) for name in present}
-    run = {"dir": run_dir, "config": config, "seed": config["args"].get("seed"), "metrics": metrics}
-    run |= {"labels": labels, "scores": scores, "scaled": scaled, "attention": read_attention(run_dir, scores)}
-
-    confusion = confusion_matrix(labels, scores["pred"], NUM_CLASSES)
-    rows, families = per_class_rows(confusion, names), superclass_rows(labels, scores["pred"])
-    write_array(run_dir / "confusion.npy", confusion)
-    draw_confusion(run_dir / "confusion.png", confusion, names, title)
-    utils.write_csv(run_dir / "per_class.csv", rows[0], rows)
-    utils.write_csv(run_dir / "superclasses.csv", families[0], families)
-    draw_per_class(run_dir / "per_class.png", rows, title)
-    draw_reliability(run_dir / "reliability.png", [run], title)
-    utils.write_json(run_dir / "metrics.json", metrics)
-
-    def percent(key):
-        return f"{100 * metrics[key]:.2f} % [{', '.join(f'{100 * end:.2f}' for end in metrics['ci95'][key])}]"
-
-    print(f"  accuracy {percent('accuracy')}, superclass right {percent('superclass_accuracy')}, in [95 % interval]")
-    if metrics["errors_within_superclass"] is not None:
-        chance = percent("errors_within_superclass_null")
-        print(
-            f"  errors inside the superclass {percent('errors_within_superclass')}; with wrong predictions shuffled {chance}"
-        )
-        ranked = sorted((row for row in families if row["errors"]), key=lambda row: -row["share"])
-        shares = [f"{row['superclass']} {100 * row['share']:.0f} %" for row in ranked]
-        print(f"    most: {', '.join(shares[:3])}; least: {', '.join(shares[-3:])}")
-    pairs = confused_pairs(confusion, 5)
-    print("  most confused: " + ", ".join(f"{names[i]}/{names[j]} {errors}" for i, j, errors in pairs))
-    print(f"  {'ten worst classes':<37} ten best, accuracy in % [95 % Wilson interval]")
-    ranked = sorted(rows, key=lambda row: row["accuracy"])
-    cells = [
-        f"{row['class']:<14} {100 * row['accuracy']:3.0f} [{100 * row['low']:.0f}, {100 * row['high']:.0f}]"
-        for row in ranked
-    ]
-    for worst, best in zip(cells[:10], cells[:-11:-1]):
-        print(f"    {worst:<36} {best}")
-    print(
-        "  wrote metrics.json, confusion.npy, per_class.csv, superclasses.csv, label_errors.csv, confusion.png, "
-        "per_class.png and reliability.png"
-    )
-    return run
-
-
-def read_attention(run_dir, scores):
-    """attention.json of gradcam.py if it is of this best.pt and of these confident failures; None otherwise."""
-    path, made_by = run_dir / "attention.json", f"python gradcam.py {utils.quote(run_dir)}"
-    if not path.exists():
-        return None
-    report = utils.read_json(path, made_by)
-    try:
-        figures = [report[g][f][k] for g, fs in ATTENTION.items() for f in fs for k in ("mean", "low", "high")]
-        sound = all(value is None or (isinstance(value, float) and math.isfinite(value)) for value in figures)
-        of_other = (run_dir / "best.pt").exists() and report["sha256"]["best.pt"] != utils.sha256(run_dir / "best.pt")
-        ours = report["lowest_confidence"] > 0.9 and report["images"] == confident_failures(scores).sum()
-    except (KeyError, TypeError):
-        sound = of_other = ours = False
-    if not sound:
-        raise ScriptError(f"{path} is not of this gradcam.py; run {made_by} again, or delete it")
-    if of_other:
-        utils.warn(f"{path} is of another best.pt and left out; run {made_by} again")
-    elif not ours:
-        again = f"python failures.py {utils.quote(run_dir)}, then {made_by}"
-        utils.warn(f"{path} is not of the failures above 0.90 and left out; run {again}")
-    elif None not in figures:  # too few images for an interval
-        return report
-    return None
-
-
-def compare(first, second):
-    """Print and save what changes from the first run to the second, on the same test images; returns the
-    content.
-
-    Every difference has a 95 % interval from 2,000 resamples of the test images, the same ones for both
-    runs. It covers the choice of test images, not the luck of a training run: for that, compare several
-    seeds.
-    """
-    labels, first_dir, second_dir = first["labels"], first["dir"], second["dir"]
-    only_first, only_second, p = utils.mcnemar(first["scores"]["correct"], second["scores"]["correct"])
-    content = {"reference": str(first_dir), "mcnemar_p": p}
-    content |= {"only_reference_right": only_first, "only_this_right": only_second}
-    print(f"\n{first_dir} -> {second_dir}, difference [95 % interval]; * where the interval leaves out 0")
-    print(f"  right in the first only {only_first:,}, in the second only {only_second:,}; exact McNemar p = {p:.2g}")
-    unscaled = ["accuracy", "macro_f1"]  # a temperature does not change them
-    both = "signed_gap confident_errors ece ece_adaptive nll brier aurc eaurc auroc_failure risk_at_80".split()
-    for kind, suffix in (("scores", ""), ("scaled", "_scaled")):
-        pair = [first[kind], second[kind]]
-        values = bootstrap(labels, pair)
-        whole = [resampled_metrics(scores, labels, np.ones((1, len(labels)), np.float32)) for scores in pair]
-        print(f"  {'after temperature scaling' if suffix else 'as trained':<26} {'first':>8} {'second':>8}")
-        for name in both if suffix else unscaled + both:
-            (a,), (b,) = whole[0][name], whole[1][name]
-            ends = interval(values[1][name] - values[0][name])
-            content[name + suffix] = {"reference": a, "this": b, "difference": b - a, "ci95": ends} if ends else None
-            if ends:
-                factor, digits = (1, 4) if name in ("nll", "brier") else (100, 2)
-                a, b, difference, low, high = (f"{factor * x:.{digits}f}" for x in (a, b, b - a, *ends))
-                star = "" if ends[0] <= 0 <= ends[1] else " *"
-                print(f"    {name:<24} {a:>8} {b:>8} {difference:>9} [{low}, {high}]{star}")
-    utils.write_json(second_dir / "comparison.json", content)
-    title = f"{first_dir.name} and {second_dir.name}, {len(labels):,} test images of {TITLES[second['config']['dataset']]}"
-    draw_reliability(second_dir / "comparison_reliability.png", [first, second], title)
-    draw_risk_coverage(second_dir / "comparison_risk_coverage.png", [first, second], title)
-    print(f"  wrote comparison.json, comparison_reliability.png and comparison_risk_coverage.png to {second_dir}")
-    return content
+# ---- main -----------------------------------------------------------------------------------------------
 
 
 def by_recipe(runs):
     """The runs in lists of one recipe each, in the order in which the recipes come."""
     arms = []
     for run in runs:
-        arm = next((arm for arm in arms if utils.recipe(arm[0]["config"]) == utils.recipe(run["config"])), None)
+        arm = next((arm for arm in arms if utils.recipe(arm[0].config) == utils.recipe(run.config)), None)
         if arm is None:
             arms.append([run])
-        elif run["seed"] in [other["seed"] for other in arm]:
-            utils.warn(
-                f"{run['dir']} repeats the seed {run['seed']} of its recipe and is left out of means and verdict"
-            )
+        elif run.seed in [other.seed for other in arm]:
+            warn(f"{run.folder} repeats the seed {run.seed} of its recipe and is left out of means and verdict")
         else:
             arm.append(run)
     return arms
 
 
-def warn_of_differences(arms):
-    """Two recipes compare fairly if they differ in the smoothing alone."""
-    ours = utils.recipe(arms[0][0]["config"])
-    for arm in arms[1:]:
-        theirs = utils.recipe(arm[0]["config"])
-        for key in sorted(key for key in ours.keys() - {"smoothing"} if ours[key] != theirs.get(key)):
-            utils.warn(f"{arms[0][0]['dir']} and {arm[0]['dir']} differ in {key}: {ours[key]} and {theirs.get(key)}")
+def recipe_change(baselines, changed):
+    """What differs between two recipes, in words: "smoothing 0.1" or "cutmix 1.0, lr 0.1 (was 0.01)"."""
+    before, after = utils.recipe(baselines[0].config), utils.recipe(changed[0].config)
+    keys = [key for key in before | after if before.get(key) != after.get(key)]
+    return ", ".join(f"{key} {after.get(key)} (was {before.get(key)})" for key in keys)
+
+
+def publish_verdict(study, title, args):
+    """Print and write the verdict on a study: verdict.json and verdict.png of the first changed run."""
+    folder = (study.changed or study.baselines)[0].folder
+    synthetic = study.baselines[0].config["dataset"] == "synthetic"
+    rows = judge(study, synthetic)
+    print_verdict(rows, args.markdown)
+    keys = ("claim", "figure", "ci95", "word", "control", "control_value")
+    claims = [dict(zip(keys, (c.text, e.figure, ends, word, e.control, e.control_value))) for c, e, ends, word in rows]
+    arms = {"baselines": [run.name for run in study.baselines], "changed": [run.name for run in study.changed]}
+    content = arms | {"dataset": study.baselines[0].config["dataset"], "claims": claims}
+    new = utils.write_json(folder / "verdict.json", content)
+    if new or not (folder / "verdict.png").exists():
+        draw_verdict(folder / "verdict.png", rows, title)
+    print(f"wrote verdict.json and verdict.png to {folder}")
+
+
+def find_runs(texts):
+    """[(run_dir, config)] of the runs that can be scored: those with an epoch saved, or with logits."""
+    found = []
+    for text in dict.fromkeys(texts):
+        run_dir = Path(text).expanduser()
+        usable = any((run_dir / name).exists() for name in ("best.pt", "test_logits.npy"))
+        if run_dir.is_dir() and not usable:
+            warn(f"{run_dir} has no saved epoch and is passed over")
+            continue
+        found.append(utils.open_run(text))
+    if not found:
+        raise ScriptError("no run with a saved epoch among those given; run python train.py first")
+    return found
+
+
+def parse_args(argv):
+    parser = utils.ArgumentParser(__file__, __doc__)
+    add = parser.add_argument
+    add("runs", nargs="+", metavar="RUN", help="run directory of train.py")
+    add("--refresh", action="store_true", help="compute logits, pictures and stress again although they are there")
+    add("--markdown", action="store_true", help="print the tables in Markdown")
+    add("--stress", action="store_true", help="also measure corruptions, attacks and shifts: minutes per run on a CPU")
+    add("--stress-images", type=int, default=1000, metavar="N", help="test images for --stress, N/100 of each class")
+    add("--cifar-c", metavar="FOLDER", help="for --stress, take the corrupted images from the authors' CIFAR-100-C")
+    add("--label-errors", metavar="FILE", help="people's votes on the labels: cifar100_mturk.json of cleanlab/label-errors")
+    utils.add_common_flags(parser)
+    args = parser.parse_args(argv)
+    if args.stress_images % 100 or not 100 <= args.stress_images <= 10_000:
+        parser.error(f"--stress-images {args.stress_images} must be a multiple of 100 in 100..10000")
+    if args.cifar_c and not Path(args.cifar_c).expanduser().is_dir():
+        parser.error(f"--cifar-c {args.cifar_c} is no folder")
+    return args
 
 
 def main(argv=None):
-    """Evaluate the given runs; returns {run directory: metrics}."""
-    parser = utils.ArgumentParser(__doc__)
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="run directory of train.py")
-    parser.add_argument("--refresh", action="store_true", help="compute the logits again although they are there")
-    parser.add_argument("--ensemble", action="store_true", help="also score the mean probability of all runs")
-    parser.add_argument(
-        "--label-errors",
-        metavar="FILE",
-        help="cifar100_mturk.json of github.com/cleanlab/label-errors: people's votes",
-    )
-    utils.add_common_flags(parser)
-    args = parser.parse_args(argv)
-    folders = [utils.open_run(run) for run in dict.fromkeys(args.runs)]
-    for run_dir, config in folders:
-        utils.check_dataset(run_dir, config["dataset"], args.dataset)
-        if args.label_errors and config["dataset"] != "cifar100":
-            parser.error(f"--label-errors is about CIFAR-100, and {run_dir} about {config['dataset']} images")
-    if args.ensemble and len(folders) < 2:
-        parser.error("--ensemble takes two runs or more")
+    """Evaluate the given runs; returns {run directory: {metric: value}}."""
+    args = parse_args(argv)
     audit = read_label_errors(args.label_errors) if args.label_errors else None
-    stale = [args.refresh or not logits_are_current(run_dir) for run_dir, _ in folders]
-    device = utils.select_device(args.device) if any(stale) or args.device != "auto" else None
+    folders = find_runs(args.runs)
+    where = [utils.dataset_of(*folder, args) for folder in folders]
+    stale = [(d / "best.pt").exists() and (args.refresh or known_checksums(d) != checksums(d)) for d, _ in folders]
+    device = utils.select_device(args.device) if any(stale) or args.stress or args.device != "auto" else None
+    for (run_dir, _), (dataset, data_dir), compute in zip(folders, where, stale):
+        if compute:
+            compute_logits(run_dir, dataset, data_dir, device)
 
-    runs = [evaluate(*folder, args, device if compute else None, audit) for folder, compute in zip(folders, stale)]
-    first, dataset = runs[0], folders[0][1]["dataset"]
-    comparable = [
-        run for run in runs if run["config"]["dataset"] == dataset and np.array_equal(run["labels"], first["labels"])
-    ]
+    runs = [read_run(*folder) for folder in folders]
+    comparable = [run for run in runs if np.array_equal(run.labels, runs[0].labels)]
+    for run in runs:
+        if run not in comparable:
+            warn(f"{run.folder} was scored on other images than {runs[0].folder} and is compared with nothing")
     arms = by_recipe(comparable)
-    results = {str(run["dir"]): run["metrics"] for run in runs}
-    if args.ensemble:
-        if len(comparable) < len(runs):
-            raise ScriptError("--ensemble takes runs that were evaluated on the same test images")
-        results[f"ensemble of {len(runs)}"] = evaluate_ensemble(runs, first["labels"], class_names(dataset))
-    synthetic = {str(run["dir"]) for run in runs if run["config"]["dataset"] == "synthetic"}
-    table = {name + " (SYNTHETIC)" * (name in synthetic): metrics for name, metrics in results.items()}
+    weights = resample(runs[0].labels)
+    for run in runs:
+        run.measure(weights if run in comparable else resample(run.labels))
+        write_run(run, args)
+        run.stress = None if args.refresh and args.stress else read_stress(run)
+
+    dataset = runs[0].config["dataset"]
+    table = {run.name: (run.values | {"temperature": run.temperature}, {"accuracy": interval(run.draws["accuracy"])}) for run in runs}
+    uncertainty = []
     for arm in arms:
         table |= mean_and_spread(arm)
-    print_tables(table, published=not synthetic)
-    for other in [arm[0] for arm in arms[1:]] or comparable[1:]:
-        compare(first, other)
-    warn_of_differences(arms)
-    for arm in arms[1:]:
-        verdict(arms[0], arm, first["labels"])
-    others = "".join(f" --compare {utils.quote(arm[0]['dir'])}" for arm in arms[1:2])
+        if len(arm) > 1:
+            together, extra = ensemble(arm)
+            table[f"{arm[0].name}: {together.name}"] = together.values, {}
+            uncertainty.append((f"{arm[0].name}: {together.name}", extra, together.raw.correct))
+    print(f"{len(runs[0].labels):,} test images of {TITLES[dataset]}")
+    print_scores(table, dataset == "cifar100", args.markdown)
+    print(LEGEND)
+    for name, extra, correct in uncertainty:
+        parts = [f"{what.replace('_', ' ')} {v[correct].mean():.3f} where right, {v[~correct].mean():.3f} where wrong" for what, v in extra.items()]
+        print(textwrap.fill(f"{name}: " + "; ".join(parts), 79, subsequent_indent="  "))
+    if audit:
+        for run in runs:
+            print_label_errors(run, audit)
     if len(runs) == 1:
-        print("to compare: train another run, such as python train.py --smoothing 0.1, and name both here")
-    print(f"next: python failures.py {utils.quote(first['dir'])}{others}{utils.data_dir_flag(args)}")
-    return results
+        print_details(runs[0], class_names(dataset))
+
+    if args.stress:
+        test = StressTest(args, comparable, arms[0], device)
+        for run in comparable:
+            test.measure(run)
+    stressed = [run for run in comparable if run.stress]
+    if stressed:
+        print()
+        print_stress(stressed, args.markdown)
+    for changed in arms[1:] or [[]]:
+        study = Study(arms[0], changed, weights)
+        if changed:
+            what = f"What changes with {recipe_change(arms[0], changed)}"
+        else:
+            what = f"What the study says of one recipe, {arms[0][0].name}"
+        seeds = [", ".join(str(run.seed) for run in arm) for arm in (arms[0], changed) if arm]
+        epochs = arms[0][0].config["args"].get("epochs")
+        print("\n" + textwrap.fill(f"{what}; seeds {' against '.join(seeds)}", 79))
+        title = f"{what}: do the claims hold? {TITLES[dataset]}, {epochs} epochs, seeds {' against '.join(seeds)}"
+        publish_verdict(study, title, args)
+        both = [arm for arm in (arms[0], changed) if arm and all(run.stress for run in arm)]
+        if both:
+            folder = (changed or arms[0])[0].folder
+            draw_stress(folder / "stress.png", both, f"{TITLES[dataset]} under stress, {both[0][0].stress.source}")
+    others = [utils.quote(arm[0].folder) for arm in arms[1:]] + [utils.quote(run.folder) for run in arms[0][1:]]
+    compare = f" --compare {' '.join(others)}" if others else ""
+    print(f"next: python failures.py {utils.quote(runs[0].folder)}{compare}")
+    return {str(run.folder): run.values for run in runs}
 
 
 if __name__ == "__main__":

@@ -1,99 +1,140 @@
-"""Show which parts of an image speak for a class, according to a trained run: Grad-CAM.
+"""Show what a trained network looks at: Grad-CAM maps, and what hiding costs.
 
-    python gradcam.py runs/baseline                          # the failures that failures.py has just found
-    python gradcam.py runs/baseline --index 3 141 59         # images of the test set
-    python gradcam.py runs/baseline --image photo.png        # any picture
+    python gradcam.py runs/baseline                    # its confident failures
+    python gradcam.py runs/baseline --index 3 141      # images of the test set
+    python gradcam.py runs/baseline --image photo.png  # any picture
 
-Writes gradcam.png (image, map for the predicted class, map for the true class, their difference) and
-gradcam.csv (a row per image) into the run directory. From failures.csv, the csv has all failures and the
-picture the representative ones. For all failures, and for correct predictions of the same confidence, it then
-measures what the network attends to: attention.csv, attention.json, and new columns in failures.csv.
+Writes into the run directory:
+    gradcam.png    a row per image (of the failures, the representative ones):
+                   maps for the predicted and the true class, their difference
+    gradcam.csv    a row per image: sums of the signed maps for the target and
+                   for the true class, the largest cell, the border's share
+    attention.csv  of the failures: a row for each, and one for a correct
+                   prediction that matches it in class and confidence.
+                   border_drop, centre_drop: the probability of the predicted
+                   class that is lost if that part is hidden.
+                   insertion_deletion: how well the map ranks the pixels;
+                   _shuffled, _other: how well its cells, shuffled, and the
+                   map of another image do
+    gradcam-photo.png  with --image photo.png, and nothing else
 
-gradcam.csv is about --layer: map_sum and true_map_sum are the sums of the signed maps of the target and of
-the true class, map_max is the largest cell, border_energy as below. The attention figures are always about
-the predicted class at layer3.
+In a notebook:
+    model = load_model("runs/baseline")            # from utils
+    predict_image(model, "photo.png")              # [("wolf", 0.93), ...]
+    picture(model, images[:3], labels[:3])         # a matplotlib figure
 
-Selvaraju et al., arXiv:1610.02391. With A^k the k-th channel of a layer's output and y^c the logit of class
-c,
+Selvaraju et al., arXiv:1610.02391. With A^k the k-th channel of a layer's
+output and y^c the logit of class c,
 
     alpha_k^c = mean over the cells (i, j) of  d y^c / d A^k_ij
-    map^c     = sum over k of  alpha_k^c A^k            and  Grad-CAM = ReLU(map^c)
+    map^c     = sum over k of  alpha_k^c A^k     and  Grad-CAM = ReLU(map^c)
 
-In a network that ends in mean-pooling and a linear layer, the map of the last layer is the logit itself,
-spread over the cells: its sum plus the bias of class c equals y^c. So the difference of two classes' maps
-shows exactly where the lead of one over the other comes from. In CIFAR's ResNet-18, layer4 has 4x4 cells of
-8x8 pixels, and each has seen the whole image: read it as a rough direction, never as an outline. --layer
-layer3 has 8x8 cells, and without that identity.
+In a network that ends in mean-pooling and a linear layer, the map of the last
+layer is the logit, spread over the cells: its sum plus the bias of class c is
+y^c. So the difference of two classes' maps shows where the lead of one over
+the other comes from. In CIFAR's ResNet-18 that layer, layer4, has 4x4 cells of
+8x8 pixels, and each has seen the whole image: a rough direction, no outline.
+--layer layer3 has 8x8 cells and lacks that identity. attention.csv is always
+about the predicted class at layer3 (of a transformer: at its tokens).
 """
 
-import copy
-import csv
 import difflib
-import io
-import json
+import math
+import textwrap
 import warnings
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torchvision.transforms.functional import gaussian_blur
+from PIL import Image, ImageOps
 
 import utils
-from data import TITLES, class_names, load_dataset, normalize
-from model import resnet18
+from data import CLASS_NAMES, TITLES, class_names, load_dataset, normalize
+from model import LAST_MAP, MODELS, make_model
 from utils import ScriptError
 
+BATCH = 100  # images
 BORDER = 4  # pixels: the outermost ring, 448 of the 1,024 pixels
 STEPS = 16  # of deletion and insertion, 64 pixels each
-FIGURES_LAYER = "layer3"  # 8x8 cells, for the attention figures; the 4x4 of layer4 are too coarse
 NEAR = 0.02  # in matching, a correct prediction of another class counts as this much further away
-SANITY_LIMIT = 0.5  # our convention: maps more like those of a random class or network are not trusted
+FEWEST = 20  # pairs; fewer give no interval
+CENTRE, EDGE = "lost if the centre is hidden", "lost if the border is hidden"  # rows of attention_table
+GAP = "gap between these two"
+SANITY_LIMIT = 0.5  # our convention: maps more alike than this support no claim
+ATTENTION_LAYER = {"resnet18": "layer3", "resnet34": "layer3", "cct": "tokens"}  # of 8x8 cells
+FIGURES = ["border_energy", "border_drop", "centre_drop"]
+FIGURES += ["insertion_deletion", "insertion_deletion_shuffled", "insertion_deletion_other"]
+
+
+# ---- Grad-CAM -------------------------------------------------------------------------------------------
 
 
 def grad_cam(model, images, targets, layer="layer4"):
     """Signed raw Grad-CAM maps (N, h, w) float32, before the ReLU, on the images' device.
 
     model: a plain network, wholly in training or in eval mode; it is run in eval mode and put back. images:
-    (N, 3, H, W), normalised. targets: (N,) int64, the class to explain in each image. layer: name of a module
-    whose output is (N, K, h, w). Works under no_grad and with frozen parameters, and leaves no hook and no
-    gradient behind. One backward pass serves the batch, because in eval mode no image's logit depends on
-    another image. Raises ValueError for an unusable layer.
+    (N, 3, H, W) float, normalised. targets: (N,) int64, the class to explain in each image. layer: a module
+    of the network, or its name, whose output is (N, K, h, w). Works under no_grad and with frozen parameters,
+    and leaves no hook and no gradient behind. One backward pass serves the batch, because in eval mode no
+    image's logit depends on another image. Raises ValueError for an argument that cannot be right.
     """
+    module = check_arguments(model, images, targets, layer)
     saved = {}
 
-    def forward_hook(module, inputs, output):
+    def record(module, inputs, output):
         if not isinstance(output, torch.Tensor) or output.ndim != 4:
-            raise ValueError(f"layer {layer} has no spatial map")
-        # A becomes the start of the graph: the backward pass ends here, frozen weights before it or not.
-        saved["A"] = activations = output.detach().float().requires_grad_()
-        activations.register_hook(backward_hook)
-        return activations.clone()  # goes on through the network; an operation in place there leaves A alone
+            raise ValueError(f"the output of layer {layer} is no map (N, K, h, w)")
+        # A starts the graph: the backward pass ends here, whether or not the weights before it are frozen.
+        saved["A"] = output.detach().float().requires_grad_()
+        return saved["A"].clone()  # goes on through the network, which may change it in place
 
-    def backward_hook(gradient):
-        saved["dy/dA"] = gradient
-
-    module = dict(model.named_modules()).get(layer)
-    if module is None:
-        raise ValueError(f"the network has no layer {layer}")
     training = model.training
-    handle = module.register_forward_hook(forward_hook)
+    handle = module.register_forward_hook(record)
     try:
         model.eval()  # in training mode batch norm would mix the images
         with torch.enable_grad(), torch.autocast(images.device.type, enabled=False):
-            logits = model(images.float())  # (N, C)
-            score = logits.gather(1, targets[:, None]).sum()
-            torch.autograd.grad(score, saved["A"])  # unlike score.backward(), leaves the parameters' .grad alone
+            images = images.float().contiguous(memory_format=utils.memory_format(images.device))
+            logits = model(images)  # (N, C)
+            score = logits.gather(1, targets.to(images.device)[:, None]).sum()
+            (gradient,) = torch.autograd.grad(score, saved["A"])  # (N, K, h, w); no parameter gets a .grad
     finally:
         handle.remove()
         model.train(training)
-    alpha = saved["dy/dA"].mean((2, 3), keepdim=True)  # (N, K, 1, 1)
+    alpha = gradient.mean((2, 3), keepdim=True)  # (N, K, 1, 1)
     return (alpha * saved["A"].detach()).sum(1)  # (N, h, w)
 
 
-def upsample(maps, size=32):
-    """Raw maps (N, h, w) to (N, size, size), bilinear between the centres of the cells."""
-    return F.interpolate(maps[:, None], size=(size, size), mode="bilinear", align_corners=False)[:, 0]
+def check_arguments(model, images, targets, layer):
+    """The module that layer is or names; ValueError for what grad_cam cannot work with.
+
+    Values in 0..1 go unnoticed: normalised images of low contrast have them too.
+    """
+    shaped = isinstance(images, torch.Tensor) and images.ndim == 4 and images.shape[1] == 3
+    if not shaped or not images.is_floating_point() or (images.abs() > 10).any():
+        how = "data.normalize makes them from uint8 (N, 32, 32, 3)"
+        raise ValueError(f"images must be normalised floats (N, 3, H, W); {how}")
+    labels = isinstance(targets, torch.Tensor) and targets.dtype == torch.int64
+    if not labels or targets.shape != images.shape[:1]:
+        raise ValueError("targets must be int64 (N,), a class for each image, such as torch.tensor([3])")
+    modules = dict(model.named_modules())
+    module = modules.get(layer, layer)
+    if not any(module is known for known in modules.values()):
+        parts = ", ".join(name for name, _ in model.named_children())
+        raise ValueError(f"the network has no layer {layer}; its parts are {parts}")
+    return module
+
+
+def make_maps(model, images, classes, layer):
+    """grad_cam in batches: maps (N, h, w), on the CPU, of images (N, 32, 32, 3) uint8 for classes (N,)."""
+    device = next(model.parameters()).device
+    batches = utils.track(list(zip(images.split(BATCH), classes.split(BATCH))), "maps, batch")
+    return torch.cat([grad_cam(model, normalize(x.to(device)), y, layer).cpu() for x, y in batches])
+
+
+def upsample(maps):
+    """Raw maps (N, h, w) to (N, 32, 32), bilinear between the centres of the cells."""
+    return F.interpolate(maps[:, None], size=(32, 32), mode="bilinear", align_corners=False)[:, 0]
 
 
 def border_energy(maps):
@@ -106,13 +147,62 @@ def border_energy(maps):
     return 1 - inner / positive.sum((1, 2))  # 0 / 0 is NaN
 
 
-# ---- attention figures: for numbers, not for pictures --------------------------------------------------------
+# ---- sanity checks: do the maps show this class and this network? ---------------------------------------
+
+
+def spearman(first, second):
+    """Spearman's rank correlation (N,) of the rows of two (N, cells) arrays; NaN where a row is constant."""
+
+    def ranks(x):  # twice the mean rank, around 0: how many cells are smaller, plus how many are not larger
+        rank = (x[:, :, None] > x[:, None]).sum(2) + (x[:, :, None] >= x[:, None]).sum(2)
+        return rank - rank.mean(1, keepdims=True)
+
+    a, b = ranks(first), ranks(second)
+    with np.errstate(invalid="ignore"):
+        return (a * b).sum(1) / np.sqrt((a**2).sum(1) * (b**2).sum(1))
+
+
+def sanity_checks(model, untrained, images, classes, layer):
+    """Mean |Spearman rho| of the maps with maps that must differ, {their name: float}; NaN if undefined.
+
+    random_logit: the map for a random other class; near 1, the map does not depend on the class (Sixt et al.,
+    arXiv:1912.09818). random_weights: the map of the untrained network; near 1, the map does not show what
+    was learnt (Adebayo et al., arXiv:1810.03292). another_image: the map of the next image, for reference.
+    images: (N, 32, 32, 3) uint8. classes: (N,) int64.
+    """
+    own = make_maps(model, images, classes, layer)
+    shift = torch.randint(1, 100, (len(classes),), generator=torch.Generator().manual_seed(0))
+    others = {
+        "random_logit": make_maps(model, images, (classes + shift) % 100, layer),
+        "random_weights": make_maps(untrained, images, classes, layer),
+        "another_image": own.roll(1, 0) if len(own) > 1 else torch.zeros_like(own),
+    }
+    sanity = {}
+    for name, maps in others.items():
+        rho = spearman(own.flatten(1).numpy(), maps.flatten(1).numpy())
+        sanity[name] = mean_interval(np.abs(rho))[0]
+    return sanity
+
+
+def sanity_in_words(sanity):
+    """What sanity_checks found, as text."""
+    if sanity["random_logit"] <= SANITY_LIMIT and sanity["random_weights"] <= SANITY_LIMIT:  # NaN is not
+        text = "The maps change when the class or the weights are randomised (|rho| <= 0.5).\n"
+        text += "Necessary, not sufficient."
+    else:
+        text = "The maps do not change enough when the class or the weights are randomised\n"
+        text += "(|rho| > 0.5): their share in the border and their ranking support no claim."
+    sizes = ", ".join(f"{name.replace('_', ' ')} {rho:.2f}" for name, rho in sanity.items())
+    return f"{text}\n  mean |rho|: {sizes}"
+
+
+# ---- attention: what hiding a part costs ----------------------------------------------------------------
 
 
 @torch.no_grad()
 def probability(model, images, classes):
     """Probability (N,) float64, on the CPU, of one class (N,) for each of the images (N, 3, H, W)."""
-    logits = model(images.contiguous(memory_format=torch.channels_last)).cpu().double()
+    logits = model(images.contiguous(memory_format=utils.memory_format(images.device))).cpu().double()
     return logits.softmax(1).gather(1, classes.cpu()[:, None])[:, 0]
 
 
@@ -131,7 +221,11 @@ def occlusion_drops(model, images, classes, intact):
 
 def blur(images):
     """Gaussian blur with sigma 3 pixels: nothing is left to recognise, and no new edge appears."""
-    return gaussian_blur(images, kernel_size=19, sigma=3.0)
+    x = torch.arange(-9.0, 10.0, device=images.device)
+    kernel = torch.exp(-(x**2) / (2 * 3**2))
+    kernel = (kernel / kernel.sum()).expand(3, 1, 1, 19)
+    images = F.conv2d(F.pad(images, (9, 9, 9, 9), mode="reflect"), kernel, groups=3)  # along the rows
+    return F.conv2d(images, kernel.transpose(2, 3), groups=3)  # along the columns
 
 
 def insertion_minus_deletion(model, images, classes, maps, intact, blank, blurred):
@@ -142,56 +236,49 @@ def insertion_minus_deletion(model, images, classes, maps, intact, blank, blurre
     time; ties in random order. intact, blank, blurred: the probabilities (N,) of the images at the ends of
     the curves.
     """
-    values = upsample(maps).flatten(1)
-    ties = torch.randperm(values.shape[1], generator=torch.Generator().manual_seed(0)).to(values.device)
+    values = upsample(maps).flatten(1).cpu()
+    ties = torch.randperm(1024, generator=torch.Generator().manual_seed(0))
     order = ties[values[:, ties].argsort(dim=1, descending=True, stable=True)]
-    turn = (order.argsort(1) * STEPS // 1024).view(-1, 1, 32, 32)  # the step at which a pixel's turn comes
-    start = blur(images)
-    deletion, insertion = (intact + blank) / 2, (blurred + intact) / 2  # trapezoids: the ends count half
+    turn = order.argsort(1) * STEPS // 1024  # (N, 1024), the step that takes a pixel
+    turn, start = turn.view(-1, 1, 32, 32).to(images.device), blur(images)
+    deletion = (intact + blank) / 2  # trapezoids: the ends count half
+    insertion = (blurred + intact) / 2
     for step in range(1, STEPS):
         deletion = deletion + probability(model, images.masked_fill(turn < step, 0), classes)
         insertion = insertion + probability(model, torch.where(turn < step, images, start), classes)
     return (insertion - deletion) / STEPS
 
 
-def raw_maps(model, images, classes):
-    """Signed layer3 maps (N, 8, 8) of images (N, 32, 32, 3) uint8, on the model's device, 100 at a time."""
-    device, parts = next(model.parameters()).device, zip(images.split(100), classes.split(100))
-    return torch.cat([grad_cam(model, normalize(x.to(device)), y.to(device), FIGURES_LAYER) for x, y in parts])
+def attention_figures(model, images, classes, layer):
+    """FIGURES for images (N, 32, 32, 3) uint8, by the maps for their classes (N,): {name: (N,) float64}.
 
-
-def attention_figures(model, images, classes):
-    """The figures of utils.ATTENTION for images (N, 32, 32, 3) uint8 and classes (N,): {name: (N,) float64}.
-
-    The map is that of the class at layer3. Its controls in insertion_deletion: the same map with its cells
-    shuffled, which keeps it as smooth (scattered pixels would destroy any picture faster), and the map of
-    another image, which keeps the habit of looking at the centre.
+    The controls of insertion_deletion: the same map with its cells shuffled, which keeps it as smooth
+    (scattered pixels would destroy any picture faster), and the map of another image, which keeps the habit
+    of looking at the centre.
     """
     device, rng = next(model.parameters()).device, torch.Generator().manual_seed(0)
-    maps = raw_maps(model, images, classes)
-    cells = torch.rand(len(maps), maps[0].numel(), generator=rng).argsort(1).to(device)
+    maps = make_maps(model, images, classes, layer)
+    cells = torch.rand(len(maps), maps[0].numel(), generator=rng).argsort(1)
     shuffled = maps.flatten(1).gather(1, cells).view_as(maps)
-    circle = torch.randperm(len(maps), generator=rng).to(device)
+    circle = torch.randperm(len(maps), generator=rng)
     others = torch.empty_like(maps)
     others[circle] = maps[circle.roll(1)]  # the map of the neighbour in a random circle: never one's own
-    found = {name: [] for name in utils.ATTENTION}
-    for part in utils.track([slice(i, i + 100) for i in range(0, len(images), 100)], "attention, batch"):
-        batch, target = normalize(images[part].to(device)), classes[part].to(device)
+    found = []
+    for part in utils.track([slice(i, i + BATCH) for i in range(0, len(images), BATCH)], "attention, batch"):
+        batch, target = normalize(images[part].to(device)), classes[part]
         ends = [probability(model, x, target) for x in (batch, torch.zeros_like(batch), blur(batch))]
-        border, centre = occlusion_drops(model, batch, target, ends[0])
-        areas = [
-            insertion_minus_deletion(model, batch, target, kind[part], *ends) for kind in (maps, shuffled, others)
-        ]
-        values = (border_energy(maps[part]).cpu().double(), border, centre, border - centre, *areas)
-        for name, value in zip(utils.ATTENTION, values):
-            found[name].append(value)
+        drops = occlusion_drops(model, batch, target, ends[0])
+        kinds = (maps[part], shuffled[part], others[part])
+        areas = [insertion_minus_deletion(model, batch, target, kind, *ends) for kind in kinds]
+        found.append(torch.stack([border_energy(maps[part]).double(), *drops, *areas]))
+    figures = dict(zip(FIGURES, torch.cat(found, 1).numpy()))
     if len(maps) == 1:
-        found["insertion_deletion_other"] = [torch.tensor([torch.nan])]
-    return {name: torch.cat(values).numpy() for name, values in found.items()}
+        figures["insertion_deletion_other"] = np.array([np.nan])
+    return figures
 
 
 def match_on_confidence(confidence, classes, candidates, candidate_classes):
-    """Position of a correct prediction like each failure, by confidence and predicted class: (min(N, M),) int64.
+    """Position of a correct prediction like each failure, by confidence and class: (min(N, M),) int64.
 
     confidence, classes: (N,) of the failures; the others (M,) of the correct predictions. Failure by failure,
     the nearest confidence that is not yet taken; one of another class counts as 0.02 further away.
@@ -203,319 +290,242 @@ def match_on_confidence(confidence, classes, candidates, candidate_classes):
     return np.array(matches, np.int64)
 
 
-def spearman(first, second):
-    """Spearman's rank correlation (N,) of the rows of two (N, cells) arrays; NaN where a row is constant."""
+def measure_attention(model, layer, failures, test_set, logits, names, checkpoint):
+    """The rows of attention.csv: all failures, then the correct predictions that match them.
 
-    def ranks(row):
-        _, place, count = np.unique(row, return_inverse=True, return_counts=True)
-        rank = (np.cumsum(count) - (count - 1) / 2)[place]  # the mean rank where tied
-        return rank - rank.mean()
-
-    a, b = (np.array([ranks(row) for row in rows]) for rows in (first, second))
-    with np.errstate(invalid="ignore"):
-        return (a * b).sum(1) / np.sqrt((a**2).sum(1) * (b**2).sum(1))
-
-
-def sanity_checks(model, images, classes):
-    """Are the signed maps those of this class and of this network? {what: {"rho", "abs_rho"}}, means over images.
-
-    images: (N, 32, 32, 3) uint8. classes: (N,) int64. rho: Spearman correlation of a map with a map that must
-    differ; abs_rho: its absolute value, as correlations of either sign cancel in a mean. None if undefined.
-    other_image: with the map of the next image, which tells how alike maps are by habit. random_logit: with
-    that of a random other class; near 1, the map does not depend on the class (Sixt et al.,
-    arXiv:1912.09818). fc ... stem: after drawing new weights for that stage and all before it in this list; a
-    map that survives does not show what was learnt (Adebayo et al., arXiv:1810.03292).
+    failures: (n,) indices into the test set (images, labels). logits: (N, 100) of the run. checkpoint: the
+    SHA-256 of best.pt.
     """
-
-    def maps_of(network, targets):
-        return raw_maps(network, images, targets).flatten(1).cpu().numpy()
-
-    own = maps_of(model, classes)
-    shift = torch.randint(1, 100, (len(classes),), generator=torch.Generator().manual_seed(0))
-    found = {
-        "other_image": spearman(own, np.roll(own, 1, 0) if len(own) > 1 else own * np.nan),
-        "random_logit": spearman(own, maps_of(model, (classes + shift) % 100)),
+    images, labels = test_set
+    preds, confidence = logits.argmax(1), np.exp(utils.log_softmax(logits)).max(1)
+    correct = np.flatnonzero(preds == labels.numpy())
+    matched = match_on_confidence(confidence[failures], preds[failures], confidence[correct], preds[correct])
+    index = np.concatenate([failures, correct[matched]])
+    columns = {
+        "pair": [*range(len(failures)), *range(len(matched))],
+        "group": ["failure"] * len(failures) + ["matched"] * len(matched),
+        "index": index,
+        "true": [names[label] for label in labels[index]],
+        "predicted": [names[label] for label in preds[index]],
+        "confidence": confidence[index],
+        **attention_figures(model, images[index], torch.from_numpy(preds[index]), layer),
+        "checkpoint": [checkpoint] * len(index),
     }
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        fresh = resnet18(width=model.conv1.out_channels)
-    changed = copy.deepcopy(model)
-    for stage in ("fc", "layer4", "layer3", "layer2", "layer1", "stem"):
-        for name in ("conv1", "bn1") if stage == "stem" else (stage,):
-            getattr(changed, name).load_state_dict(getattr(fresh, name).state_dict())
-        found[stage] = spearman(own, maps_of(changed, classes))
-
-    def mean(values):
-        return None if np.isnan(values).all() else float(np.nanmean(values))
-
-    return {name: {"rho": mean(values), "abs_rho": mean(abs(values))} for name, values in found.items()}
+    return [dict(zip(columns, values)) for values in zip(*columns.values())]
 
 
-def is_sane(sanity):
-    """Whether the maps differ enough from those of random classes and of a wholly random network."""
-    similar = [sanity[name]["abs_rho"] for name in ("random_logit", "stem")]
-    return None not in similar and max(similar) <= SANITY_LIMIT
-
-
-def summarise(figures, n):
-    """Means with 95 % intervals for attention.json: figures (n failures, then their matches) by group.
-
-    Differences to the matches are those of the pairs, and differences between maps those of the same image.
-    """
-    values = dict(figures)
-    for control in ("shuffled", "other"):
-        values[f"minus_{control}"] = values["insertion_deletion"] - values.pop(f"insertion_deletion_{control}")
-    pairs = len(values["border_drop"]) - n
-    groups = {
-        "failures": {name: value[:n] for name, value in values.items()},
-        "matched": {name: value[n:] for name, value in values.items()},
-        "failures_minus_matched": {name: value[:pairs] - value[n:] for name, value in values.items()},
-    }
-    keys = ("mean", "low", "high")
-    return {
-        group: {name: dict(zip(keys, utils.mean_interval(value))) for name, value in some.items()}
-        for group, some in groups.items()
-    }
-
-
-def attention_table(report):
-    """attention.json as lines for people."""
-
-    def cell(figure):
-        known = [f"{figure[key]:.3f}" for key in ("mean", "low", "high") if figure[key] is not None]
-        return "-" if not known else known[0] if len(known) == 1 else f"{known[0]} [{known[1]}, {known[2]}]"
-
-    words = {
-        "border_energy": "border energy (even: 0.438)",
-        "border_drop": "lost without the border",
-        "centre_drop": "lost without the centre",
-        "border_reliance": "border reliance: their difference",
-        "insertion_deletion": "insertion - deletion",
-        "minus_shuffled": "... minus that of shuffled maps",
-        "minus_other": "... minus that of others' maps",
-    }
-    heads = {"failures": "failures", "matched": "correct, as confident", "failures_minus_matched": "difference"}
-    lines = [f"{'mean [95 % interval]':<38}" + "".join(f"{head:<26}" for head in heads.values())]
-    for name, word in words.items():
-        lines.append(f"  {word:<36}" + "".join(f"{cell(report[group][name]):<26}" for group in heads))
-    if report["pairs"]:
-        lines.append(
-            f"  {report['pairs']} pairs, {report['pairs_of_one_class']} of one predicted class; confidences differ by "
-            f"{report['mean_gap']:.4f} on average, {report['largest_gap']:.4f} at most"
-        )
-    sanity = report["sanity"].items()
-    checks = [f"{name} {x['rho']:.2f} ({x['abs_rho']:.2f})" for name, x in sanity if x["rho"] is not None]
-    lines.append(f"  sanity, mean Spearman rho (mean |rho|) with the map of: {', '.join(checks)}")
-    if report["sane"]:
-        lines += [
-            f"  Not above {SANITY_LIMIT} for a random class or a random network: the least that a map must do, and no proof. What",
-            "  is above other_image, two maps that are alike by habit, they share with maps that explain nothing.",
-        ]
-    else:
-        lines += [
-            f"  These maps fail: above {SANITY_LIMIT} for a random class or a random network. What is computed from them,",
-            "  border energy and insertion - deletion, supports no claim. Border reliance does not use them.",
-        ]
-    return "\n".join(
-        [
-            *lines,
-            "  Border is not background, and a sea or a plain has none. Hidden parts are unlike any training image, so",
-            "  compare only the columns, and a map with its controls.",
-        ]
-    )
-
-
-def table_of_before(run_dir, failures):
-    """attention_table of attention.json if that is whole, of this best.pt and of these rows of failures.csv; or None."""
+def attention_of_before(path, failures, checkpoint):
+    """The rows of attention.csv, or None if they belong to another best.pt or to other failures (n,)."""
+    columns = dict.fromkeys(["group", "predicted", "checkpoint"], str) | dict.fromkeys(["pair", "index"], int)
+    columns |= {name: lambda text: float(text or "nan") for name in ["confidence", *FIGURES]}
     try:
-        report = json.loads((run_dir / "attention.json").read_text())
-        rows = csv.DictReader(io.StringIO((run_dir / "attention.csv").read_text()))
-        index = [int(row["index"]) for row in rows if row["group"] == "failure"]
-        same = report["sha256"]["best.pt"] == utils.sha256(run_dir / "best.pt")
-        same = same and index == [row["index"] for row in failures] and utils.ATTENTION[-1] in failures[0]
-        return attention_table(report) if same else None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, csv.Error):
-        return None
+        rows = utils.read_csv(path, "python gradcam.py", "attention figures", columns)
+    except ScriptError:
+        return None  # missing or damaged: measured again
+    known = [(row["index"], row["checkpoint"]) for row in rows if row["group"] == "failure"]
+    pairs = [row["pair"] for row in rows if row["group"] == "matched"]
+    same = known == [(i, checkpoint) for i in failures] and pairs == list(range(len(failures)))[: len(pairs)]
+    return rows if same else None
 
 
-def measure_attention(model, run_dir, failures, images, classes, test_set, logits, names):
-    """Measure and write attention.csv and attention.json, whose content it returns; add the figures to failures.csv.
+def mean_interval(values):
+    """(mean, low, high), NaNs left out: 1.96 standard errors to each side; NaN for fewer than 20 values."""
+    values = values[~np.isnan(values)]
+    mean = float(values.mean()) if len(values) else math.nan
+    half = 1.96 * values.std(ddof=1) / math.sqrt(len(values)) if len(values) >= FEWEST else math.nan
+    return mean, mean - half, mean + half
 
-    failures: the rows of failures.csv, with images (n, 32, 32, 3) and predicted classes (n,). Each is paired
-    with a correct prediction of the test set (images, labels), by logits (N, 100).
-    """
-    test_images, labels = test_set
-    confidence = np.exp(utils.log_softmax(logits)).max(1)
-    correct = np.flatnonzero(logits.argmax(1) == labels.numpy())
-    sure = np.array([row["confidence"] for row in failures])
-    matched = correct[match_on_confidence(sure, classes.numpy(), confidence[correct], labels.numpy()[correct])]
-    n, pairs, index = len(failures), len(matched), [row["index"] for row in failures]
-    figures = attention_figures(
-        model, torch.cat([images, test_images[matched]]), torch.cat([classes, labels[matched]])
-    )
-    some = torch.linspace(0, n - 1, min(n, 200)).long()
-    sanity = sanity_checks(model, images[some], classes[some])
-    columns = {  # of attention.csv
-        "group": ["failure"] * n + ["matched"] * pairs,
-        "index": index + matched.tolist(),
-        "matched_to": [""] * n + index[:pairs],
-        "true": [row["true"] for row in failures] + [names[labels[i]] for i in matched],
-        "predicted": [row["predicted"] for row in failures] + [names[labels[i]] for i in matched],
-        "confidence": sure.tolist() + confidence[matched].tolist(),
+
+def points(rows):
+    """{what: (n,) in percentage points} for rows of attention.csv."""
+    value = {name: 100 * np.array([row[name] for row in rows], np.float64) for name in FIGURES}
+    area = value["insertion_deletion"]
+    return {
+        "map in the border (even: 43.8)": value["border_energy"],
+        CENTRE: value["centre_drop"],
+        EDGE: value["border_drop"],
+        GAP: value["centre_drop"] - value["border_drop"],
+        "insertion - deletion": area,
+        "  above that of its cells shuffled": area - value["insertion_deletion_shuffled"],
+        "  above that of another image's map": area - value["insertion_deletion_other"],
     }
-    columns |= {name: ["" if np.isnan(x) else x for x in values.tolist()] for name, values in figures.items()}
-    rows = [dict(zip(columns, values)) for values in zip(*columns.values())]
-    utils.write_csv(run_dir / "attention.csv", columns, rows)
-    failures = [row | {name: own[name] for name in utils.ATTENTION} for row, own in zip(failures, rows)]
-    utils.write_csv(run_dir / "failures.csv", failures[0], failures)
-    gaps = np.abs(sure[:pairs] - confidence[matched])
-    report = {
-        "layer": FIGURES_LAYER,
-        "images": n,
-        "lowest_confidence": float(sure.min()),
-        "without_positive_evidence": int(np.isnan(figures["border_energy"][:n]).sum()),
-        "pairs": pairs,
-        "pairs_of_one_class": int((classes[:pairs] == labels[matched]).sum()),
-        "mean_gap": float(gaps.mean()) if pairs else None,  # between the confidences of a pair
-        "largest_gap": float(gaps.max()) if pairs else None,
-        "sanity": sanity,
-        "sane": is_sane(sanity),
-        "sha256": {"best.pt": utils.sha256(run_dir / "best.pt")},
-    }
-    report |= summarise(figures, n)
-    utils.write_json(run_dir / "attention.json", report)
-    return report
 
 
-# ---- pictures ------------------------------------------------------------------------------------------------
+def attention_table(rows):
+    """The rows of attention.csv as text for people, at most 79 columns wide."""
+    failed = [row for row in rows if row["group"] == "failure"]
+    correct = [row for row in rows if row["group"] == "matched"]
+    pairs = [(failed[row["pair"]], row) for row in correct]
+    failures, matched, partners = points(failed), points(correct), points([first for first, _ in pairs])
+    lines = [f"{'mean, in percentage points':<36} failures  matched  difference"]
+    for name in failures:
+        difference, low, high = mean_interval(partners[name] - matched[name])
+        interval = "" if math.isnan(low) else f" [{low:+.1f}, {high:+.1f}]"
+        a, b = mean_interval(failures[name])[0], mean_interval(matched[name])[0]
+        lines.append(f"{name:<36} {a:8.1f} {b:8.1f} {difference:+7.1f}{interval}")
+
+    lines.append("Images that lose more if the border is hidden than if the centre is:")
+    for group, gaps in (("failures", failures[GAP]), ("matched", matched[GAP])):
+        if len(gaps):
+            count = int((gaps < 0).sum())
+            low, high = utils.wilson_interval(count, len(gaps))
+            share = f"{100 * count / len(gaps):.1f} % [{100 * low:.1f}, {100 * high:.1f}]"
+            lines.append(f"  {group:<9} {count} of {len(gaps)}, {share}")
+    alike = sum(first["predicted"] == second["predicted"] for first, second in pairs)
+    apart = np.mean([abs(first["confidence"] - second["confidence"]) for first, second in pairs] or [np.nan])
+    lines.append(f"{len(pairs)} pairs, {alike} of one predicted class, confidence {apart:.3f} apart")
+
+    centre, border = failures[CENTRE].mean(), failures[EDGE].mean()
+    lines.append(f"Hiding the centre costs failures {centre:.0f} points, hiding the border {border:.0f}.")
+    mean, low, high = mean_interval(partners[GAP] - matched[GAP])
+    if math.isnan(low):
+        lines.append(f"Fewer than {FEWEST} pairs give no interval.")
+    elif low <= 0 <= high:
+        lines.append(f"Correct predictions show the same gap, within {math.ceil(max(-low, high))} points.")
+    else:
+        other = "smaller" if mean > 0 else "larger"
+        lines.append(f"Correct predictions show a gap that is {abs(mean):.0f} points {other}.")
+    return "\n".join(lines)
+
+
+# ---- pictures -------------------------------------------------------------------------------------------
 
 
 def read_image(path):
     """Any picture file as (32, 32, 3) uint8, and a list of words on what was done to it."""
-    from PIL import Image, ImageOps
-
-    done = []
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
-                image.verify()  # the CRC sums of a PNG, which load() skips
-            image = Image.open(path)
-            if getattr(image, "n_frames", 1) > 1:
-                done.append(f"first of {image.n_frames} frames")
-            image.load()
+            warnings.simplefilter("error", Image.DecompressionBombWarning)  # above 89 million pixels
+            Image.open(path).verify()  # the CRC sums of a PNG, which loading skips
+            file = Image.open(path)
+            image = ImageOps.exif_transpose(file)  # of several frames, the first
+        done = [f"first of {file.n_frames} frames"] if getattr(file, "n_frames", 1) > 1 else []
+        done += ["turned upright by its EXIF tag"] if file.getexif().get(0x0112, 1) in range(2, 9) else []
+        if image.mode.startswith(("I", "F")):  # 16-bit gray: convert() would clip it all to white
+            values = np.asarray(image, np.float64)
+            done.append(f"gray values {values.min():g}..{values.max():g} scaled to 0..255")
+            values = (values - values.min()) / max(np.ptp(values), 1e-12)
+            image = Image.fromarray((255 * values).round().astype(np.uint8))
+        if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:  # hides colours of its own
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            done.append("transparency put on white")
+        width, height = image.size
+        done += [f"converted from {image.mode} to RGB"] if image.mode != "RGB" else []
+        done += ["cut to its central square"] if width != height else []
+        done += [f"resized from {width}x{height} to 32x32"] if (width, height) != (32, 32) else []
+        return np.array(ImageOps.fit(image.convert("RGB"), (32, 32), Image.Resampling.BICUBIC)), done
     except Exception as error:  # Pillow's plugins raise OSError, SyntaxError, ValueError, struct.error...
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ScriptError(f"--image {path} is not a readable picture ({reason}); use PNG or JPEG") from None
-    upright = ImageOps.exif_transpose(image)
-    if upright.size != image.size or upright.tobytes() != image.tobytes():
-        done.append("turned upright by its EXIF tag")
-    image = upright
-    if image.mode.startswith("I") or image.mode == "F":  # 16-bit gray: convert("RGB") would clip it all to white
-        values = np.asarray(image, np.float64)
-        low, high = values.min(), values.max()
-        image = Image.fromarray(((values - low) / max(high - low, 1e-12) * 255).round().astype(np.uint8))
-        done.append(f"gray values {low:g}..{high:g} scaled to 0..255")
-    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
-        image = image.convert("RGBA")  # transparent pixels keep hidden colours
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        done.append("transparency put on white")
-    if image.mode != "RGB":
-        done.append(f"converted from {image.mode} to RGB")
-        image = image.convert("RGB")
-    if image.size != (32, 32):
-        width, height = image.size
-        done.append(
-            f"{'cut to its central square and ' if width != height else ''}resized from {width}x{height} to 32x32"
-        )
-        image = ImageOps.fit(image, (32, 32), Image.Resampling.BICUBIC)
-    return np.array(image), done
 
 
-def class_label(text, names):
-    """Label of a class given by name or number; ScriptError with the nearest names if there is none."""
-    if text in names:
-        return names.index(text)
-    if text.isdecimal() and int(text) < len(names):
-        return int(text)
-    near = difflib.get_close_matches(text, names, 3, cutoff=0) if not text.lstrip("-").isdecimal() else []
-    raise ScriptError(
-        f"--target {text} is no class; use a number in 0..{len(names) - 1} or a name"
-        + f", such as {', '.join(near)}" * bool(near)
-    )
+def probabilities(model, images):
+    """Probabilities (N, 100) float32, on the CPU, for images (N, 32, 32, 3) uint8."""
+    device = next(model.parameters()).device
+    return utils.predict(model, [normalize(part.to(device)) for part in images.split(BATCH)]).softmax(1).cpu()
 
 
-def read_failures(run_dir):
-    """The rows of failures.csv, as dicts of strings but for index (int) and confidence (float)."""
-    path, made_by = run_dir / "failures.csv", f"python failures.py {utils.quote(run_dir)}"
-    try:
-        reader = csv.DictReader(io.StringIO(path.read_text()))
-        rows = [row | {"index": int(row["index"]), "confidence": float(row["confidence"])} for row in reader]
-        indices = [row["index"] for row in rows]
-        sound = {"index", "confidence", "true", "predicted", "representative"} <= set(reader.fieldnames or ())
-        sound = sound and len(set(indices)) == len(indices) and all(0 <= i < 10_000 for i in indices)
-        sound = sound and (not rows or any(row["representative"] == "1" for row in rows))
-        sound = sound and all(None not in row and None not in row.values() for row in rows)  # as many cells as heads
-    except FileNotFoundError:
-        raise ScriptError(f"no {path}; run {made_by} first, or give --index or --image") from None
-    except (OSError, ValueError, KeyError, TypeError, csv.Error):
-        sound = False
-    if not sound:
-        raise ScriptError(f"{path} is not a list of failures; run {made_by} again")
-    return rows
+def predict_image(model, path, names=CLASS_NAMES):
+    """The five likeliest classes for a picture file: [(class name, probability)], the likeliest first.
 
-
-def draw(path, rows, images, panels, layer, title):
-    """One row of pictures per image: itself, its maps on one scale, and the difference of two maps.
-
-    panels: for each image a list of (class name, probability, raw map (h, w)). Where there are two, the
-    target's and the true class's, their signed difference is the margin map.
+    names: of the 100 classes, by label. Raises ScriptError for a file that is no readable picture.
     """
-    columns = 1 + max(2 * len(maps) - 1 for maps in panels)  # 2 or 4
-    figure, grid = utils.new_figure(2.8 * columns + 1.6, 2.75 * len(rows) + 0.9, len(rows), columns, squeeze=False)
-    for axes in grid.flat:
-        axes.axis("off")
-    margin_picture = None
-    for axes, row, image, maps in zip(grid, rows, images, panels):
-        axes[0].imshow(image, interpolation="nearest")
-        truth = f"image {row['index']}\ntrue: {row['true']}" if row["true"] else "your picture"
-        axes[0].set_title(f"{truth}\nsays: {row['predicted']} {100 * row['confidence']:.1f} %", fontsize=9)
-        raws = torch.stack([raw for _, _, raw in maps])
-        cams = upsample(raws.clamp(min=0))
+    pixels, _ = read_image(path)
+    top = probabilities(model, torch.from_numpy(pixels)[None])[0].topk(5)
+    return [(names[label], p) for p, label in zip(top.values.tolist(), top.indices.tolist())]
+
+
+def explain(model, images, labels=None, target="predicted", layer="layer4", names=CLASS_NAMES):
+    """What speaks for a class in each image: (rows of gradcam.csv as dicts, signed maps (N, 2, h, w)).
+
+    images: (N, 32, 32, 3) uint8. labels: (N,) int64, the true classes; None takes the targets. target: the
+    class to explain, "predicted", "true" or a label. names: of the classes, by label. The two maps of an
+    image are those for its target and for its label.
+    """
+    probs = probabilities(model, images)
+    preds = probs.argmax(1)
+    targets = preds if target == "predicted" else labels
+    if target not in ("predicted", "true"):
+        targets = torch.full_like(preds, target)
+    labels = targets if labels is None else labels
+    maps = torch.stack([make_maps(model, images, classes, layer) for classes in (targets, labels)], 1)
+    columns = {
+        "true": [names[label] for label in labels],
+        "predicted": [names[label] for label in preds],
+        "confidence": probs.amax(1).tolist(),
+        "target": [names[label] for label in targets],
+        "target_probability": probs.gather(1, targets[:, None])[:, 0].tolist(),
+        "true_probability": probs.gather(1, labels[:, None])[:, 0].tolist(),
+        "layer": [layer] * len(images),
+        "map_sum": maps[:, 0].sum((1, 2)).tolist(),
+        "true_map_sum": maps[:, 1].sum((1, 2)).tolist(),
+        "map_max": maps[:, 0].amax((1, 2)).tolist(),
+        "border_energy": border_energy(maps[:, 0]).tolist(),
+    }
+    return [dict(zip(columns, values)) for values in zip(*columns.values())], maps
+
+
+def picture(
+    model, images, labels=None, target="predicted", layer="layer4", names=CLASS_NAMES, captions=None, title=""
+):
+    """A matplotlib figure with a row per image: the image and, laid over it, the map for its target.
+
+    If the label is another class: also the map for that, on the same scale, and the signed difference of the
+    two maps. Arguments as for explain(); captions: N texts.
+    """
+    rows, maps = explain(model, images, labels, target, layer, names)
+    n, columns = len(images), 4 if any(row["target"] != row["true"] for row in rows) else 2
+    heights = {"height_ratios": [20] * n + [1]}  # the last row holds the colour bars
+    figure, grid = utils.new_figure(2.2 * columns, 2.55 * n + 1.1, n + 1, columns, gridspec_kw=heights)
+    for axis in grid.flat:
+        axis.axis("off")
+
+    def lay_over(axis, image, values, lowest, colours, text):
+        axis.imshow(image.float().mean(-1), cmap="gray", vmin=0, vmax=255)
+        axis.set_title(text, fontsize=9)
+        return axis.imshow(values, vmin=lowest, vmax=1, cmap=colours, alpha=0.6, interpolation="bilinear")
+
+    bars = {}
+    for i, (axes, image, row) in enumerate(zip(grid, images, rows)):
+        target, true = row["target"], row["true"]
+        cams = upsample(maps[i].clamp(min=0))
         cams = cams / cams.max().clamp(min=1e-12)
-        for axis, (name, probability, raw), cam in zip(axes[1:], maps, cams):
-            picture = axis.imshow(cam.numpy(), cmap="viridis", vmin=0, vmax=1)
-            nothing = "" if (raw > 0).any() else "\nno positive evidence"
-            axis.set_title(f"for {name} ({100 * probability:.1f} %){nothing}", fontsize=9)
-        if len(maps) == 2:
-            margin = upsample((raws[0] - raws[1])[None])[0]
-            margin_picture = axes[3].imshow(
-                margin / margin.abs().max().clamp(min=1e-12), cmap="PuOr_r", vmin=-1, vmax=1
-            )
-            axes[3].set_title(f"{maps[0][0]}\nrather than {maps[1][0]}", fontsize=9)
-    shrink = min(1, 2 / len(rows))
-    figure.colorbar(picture, ax=grid, label="Grad-CAM / highest value in the row", shrink=shrink)
-    if margin_picture:
-        figure.colorbar(margin_picture, ax=grid, label="difference of the maps / largest in the row", shrink=shrink)
-    height, width = panels[0][0][2].shape
-    figure.suptitle(f"{title}\nGrad-CAM at {layer}, {height}x{width} cells", fontsize=11)
-    utils.save_figure(figure, path)
+        text = captions[i] if captions else f"image {i}"
+        axes[0].imshow(image)
+        axes[0].set_title(text if labels is None else f"{text}\ntrue: {true}", fontsize=9)
+        text = f"{'predicted' if target == row['predicted'] else 'asked'}: {target}\n"
+        text += f"{100 * row['target_probability']:.1f} %"
+        text += "" if row["map_max"] > 0 else ", no positive evidence"
+        bars["Grad-CAM (1: row's top)"] = grid[n, 1], lay_over(axes[1], image, cams[0], 0, "viridis", text)
+        if target != true:
+            text = f"true: {true}\n{100 * row['true_probability']:.1f} %"
+            lay_over(axes[2], image, cams[1], 0, "viridis", text)
+            lead = upsample(maps[i, :1] - maps[i, 1:])[0]
+            lead = lead / lead.abs().max().clamp(min=1e-12)
+            text = f"{target}\nrather than {true}"
+            bars["difference (1: largest)"] = grid[n, 3], lay_over(axes[3], image, lead, -1, "PuOr_r", text)
+    for text, (axis, mappable) in bars.items():
+        axis.axis("on")
+        figure.colorbar(mappable, cax=axis, orientation="horizontal", label=text)
+    height, width = maps.shape[2:]
+    title = f"{textwrap.fill(title, 22 * columns)}\nGrad-CAM at {layer}, {height}x{width} cells"
+    figure.suptitle(title.strip(), fontsize=11)
+    return figure
+
+
+# ---- the command line -----------------------------------------------------------------------------------
 
 
 def parse_args(argv):
-    parser = utils.ArgumentParser(__doc__)
-    parser.add_argument("run", metavar="RUN", help="run directory of train.py")
+    parser = utils.ArgumentParser(__file__, __doc__)
+    add = parser.add_argument
+    add("run", metavar="RUN", help="run directory of train.py")
     which = parser.add_mutually_exclusive_group()
-    which.add_argument(
-        "--index", type=int, nargs="+", metavar="I", help="test images, from 0, instead of failures.csv"
-    )
+    which.add_argument("--index", type=int, nargs="+", metavar="I", help="test images, from 0, up to 64")
     which.add_argument("--image", metavar="FILE", help="a picture file instead of test images")
-    parser.add_argument(
-        "--target", default="predicted", help="class to explain: predicted, true, or its name or number"
-    )
-    parser.add_argument(
-        "--layer", default="layer4", help="layer1 ... layer4, or any module in them, such as layer4.0"
-    )
+    add("--target", default="predicted", help="class to explain: predicted, true, or its name or number")
+    add("--layer", help="a module, such as layer3 or layer4.0 (default: the last that has a map)")
     utils.add_common_flags(parser)
     args = parser.parse_args(argv)
     if args.index is not None:
@@ -529,116 +539,117 @@ def parse_args(argv):
     return args
 
 
-def load_model(run_dir, checkpoint, device, layer):
-    """The run's best network on the device, in eval mode, after a trial of the layer."""
-    model = resnet18(width=checkpoint["args"]["width"])
-    utils.load_weights(model, checkpoint["model"], run_dir / "best.pt")
-    model.to(device).eval()
-    try:
-        grad_cam(
-            model, torch.zeros(1, 3, 32, 32, device=device), torch.zeros(1, dtype=torch.int64, device=device), layer
-        )
-    except ValueError as error:
-        raise ScriptError(f"--layer {layer}: {error}; use layer1 ... layer4 or a module in them") from None
-    return model
+def class_label(text, names):
+    """Label of a class given by name or number; ScriptError with the nearest names if there is none."""
+    if text in names:
+        return names.index(text)
+    if text.isdecimal() and int(text) < len(names):
+        return int(text)
+    near = ", ".join(difflib.get_close_matches(text, names, 3, cutoff=0))
+    what = f"a number in 0..{len(names) - 1} or a name, such as {near}"
+    raise ScriptError(f"--target {text} is no class; use {what}")
+
+
+def read_failures(run_dir, checkpoint):
+    """The rows of failures.csv as dicts, if they come from this best.pt, whose SHA-256 is given."""
+    path, made_by = run_dir / "failures.csv", f"python failures.py {utils.quote(run_dir)}"
+    columns = {"index": int, "true": str, "representative": int, "checkpoint": str}
+    rows = utils.read_csv(path, made_by, "a list of failures", columns)
+    if any(row["checkpoint"] != checkpoint for row in rows):
+        utils.checkpoint_id(run_dir)  # names evaluate.py if the logits, too, come from another best.pt
+        raise ScriptError(f"{path} comes from another best.pt; run {made_by} again")
+    index = [row["index"] for row in rows]
+    sound = len(set(index)) == len(index) and all(0 <= i < 10_000 for i in index)
+    if not sound or (rows and not any(row["representative"] for row in rows)):
+        raise ScriptError(f"{path} is not a list of failures; run {made_by} again")
+    return rows
+
+
+def report_attention(run_dir, model, trained, failures, test_set, names, checkpoint):
+    """Measure attention.csv, unless it fits these failures (n,); print what it says and the sanity checks."""
+    path, layer = run_dir / "attention.csv", ATTENTION_LAYER[trained["model"]]
+    rows = attention_of_before(path, failures, checkpoint)
+    if rows:
+        print(f"\nattention at {layer} as measured before (to repeat it, delete attention.csv)")
+    else:
+        print(f"\nattention at {layer}, measured now (Ctrl-C keeps the above)", flush=True)
+        logits, _ = utils.load_logits(run_dir, "test")
+        rows = measure_attention(model, layer, failures, test_set, logits, names, checkpoint)
+        utils.write_csv(path, rows)
+        print(f"wrote {path}")
+    print(attention_table(rows))
+
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        untrained = make_model(trained["model"], width=trained["width"])
+    device = next(model.parameters()).device
+    untrained.to(device, memory_format=utils.memory_format(device)).eval()
+    some = np.array(failures)[np.linspace(0, len(failures) - 1, min(len(failures), BATCH)).astype(int)]
+    images = test_set[0][some]
+    sanity = sanity_checks(model, untrained, images, probabilities(model, images).argmax(1), layer)
+    print(sanity_in_words(sanity))
+    print("Border is not background, and no training image had a part hidden.")
 
 
 def main(argv=None):
-    """Returns the rows of gradcam.csv as a list of dicts."""
+    """Returns the rows of gradcam.csv as dicts; with --image, the five likeliest [(class, probability)]."""
     args = parse_args(argv)
     device = utils.select_device(args.device)
-    run_dir, _ = utils.open_run(args.run)
-    checkpoint = utils.load_checkpoint(run_dir / "best.pt")
-    dataset = checkpoint["args"]["dataset"]
-    utils.check_dataset(run_dir, dataset, args.dataset)
+    run_dir, config = utils.open_run(args.run)
+    dataset, data_dir = utils.dataset_of(run_dir, config, args)
     names = class_names(dataset)
-    asked = None if args.target in ("predicted", "true") else class_label(args.target, names)
-    model = load_model(run_dir, checkpoint, device, args.layer)
-    failures = None
+    target = args.target if args.target in ("predicted", "true") else class_label(args.target, names)
+    checkpoint = utils.load_checkpoint(run_dir / "best.pt")
+    model = utils.network(checkpoint, run_dir / "best.pt", device)
+    trained = utils.NEWER_FLAGS | checkpoint["args"]
+    layer = args.layer or LAST_MAP[trained["model"]]
+    try:
+        grad_cam(model, torch.zeros(1, 3, 32, 32, device=device), torch.tensor([0]), layer)
+    except ValueError as error:
+        raise ScriptError(f"--layer {layer}: {error}; try {LAST_MAP[trained['model']]}") from None
+
+    def draw(images, labels, captions, what, name):
+        title = f"{MODELS[trained['model']]} trained on {TITLES[dataset]}, run {run_dir.resolve().name}"
+        figure = picture(model, images, labels, target, layer, names, captions, title + what)
+        utils.save_figure(figure, run_dir / name)
+        print(f"wrote {run_dir / name}")
+
     if args.image is not None:
-        pixels, done = read_image(Path(args.image).expanduser())
-        print(f"{args.image}: {', '.join(done) or 'used as it is'}")
-        index, images, labels = [""], torch.from_numpy(pixels)[None], None
-    else:
-        if args.index is None:
-            failures = read_failures(run_dir)
-            if not failures:
-                for stale in ("gradcam.png", "gradcam.csv", "attention.csv", "attention.json"):
-                    (run_dir / stale).unlink(missing_ok=True)
-                print(f"{run_dir}/failures.csv is empty: no failures to explain; --index or --image show others")
-                return []
-        index = args.index or [row["index"] for row in failures]
-        test_logits = utils.load_logits(run_dir, "test")[0] if failures else None
-        test_set = load_dataset(dataset, args.data_dir, train=False)
-        images, labels = (part[index] for part in test_set)
+        path = Path(args.image).expanduser()
+        pixels, done = read_image(path)
+        top = predict_image(model, path, names)
+        print(textwrap.fill(f"{path.name}: {', '.join(done) or 'used as it is'}", 79))
+        for name, p in top:
+            print(f"  {100 * p:5.1f} %  {name}")
+        draw(torch.from_numpy(pixels)[None], None, [path.name], "", f"gradcam-{path.stem}.png")
+        return top
 
-    inputs = [normalize(batch.to(device)) for batch in images.split(100)]
-    probs = utils.predict(model, inputs).softmax(1).cpu()
-    confidence, preds = probs.max(1)
-    for n, row in enumerate(failures or ()):
-        same = (row["true"], row["predicted"]) == (names[labels[n]], names[preds[n]])
-        if not same or abs(row["confidence"] - confidence[n].item()) > 0.01:
-            again = f"run python evaluate.py {utils.quote(run_dir)}, then python failures.py {utils.quote(run_dir)}"
-            raise ScriptError(f"{run_dir}/failures.csv is not of this best.pt and this data set; {again}")
-
-    def maps_of(classes):
-        """Raw maps (N, h, w) on the CPU of all images, for classes (N,)."""
-        batches = utils.track(list(zip(inputs, classes.split(100))), "Grad-CAM, batch")
-        return torch.cat([grad_cam(model, batch, part.to(device), args.layer).cpu() for batch, part in batches])
-
-    targets = {"predicted": preds, "true": labels}.get(args.target, torch.full_like(preds, asked or 0))
-    maps = maps_of(targets)
+    digest = utils.sha256(run_dir / "best.pt")
+    failures = None if args.index else read_failures(run_dir, digest)
+    if failures == []:
+        print(f"{run_dir}/failures.csv is empty: no mistake is above the threshold.")
+        print("A lower --threshold of failures.py lists some. To explain other images,")
+        print(f"next: python gradcam.py {utils.quote(run_dir)} --index 0 1 2")
+        return []
+    index = args.index or [row["index"] for row in failures]
+    images, labels = load_dataset(dataset, data_dir, train=False)
+    rows, maps = explain(model, images[index], labels[index], target, layer, names)
+    if failures and [row["true"] for row in rows] != [row["true"] for row in failures]:
+        again = f"python evaluate.py {utils.quote(run_dir)}, then python failures.py {utils.quote(run_dir)}"
+        raise ScriptError(f"{run_dir}/failures.csv does not fit this data set; run {again}")
     if not maps.isfinite().all():
         raise ScriptError("the maps have NaN or infinite values; is the checkpoint sound?", code=1)
-    true_maps = maps_of(labels) if labels is not None else None
-    border = border_energy(maps)
-    rows = [
-        {
-            "index": index[n],
-            "true": names[labels[n]] if labels is not None else "",
-            "predicted": names[preds[n]],
-            "confidence": confidence[n].item(),
-            "target": names[targets[n]],
-            "target_probability": probs[n, targets[n]].item(),
-            "layer": args.layer,
-            "map_sum": maps[n].sum().item(),
-            "true_map_sum": true_maps[n].sum().item() if labels is not None else "",
-            "map_max": maps[n].max().item(),
-            "border_energy": "" if border[n].isnan() else border[n].item(),
-        }
-        for n in range(len(images))
-    ]
-    utils.write_csv(run_dir / "gradcam.csv", rows[0], rows)
-
-    shown = [n for n in range(len(rows)) if failures is None or failures[n]["representative"] == "1"]
-    panels = []
-    for n in shown:
-        panels.append([(rows[n]["target"], rows[n]["target_probability"], maps[n])])
-        if labels is not None and labels[n] != targets[n]:
-            panels[-1].append((names[labels[n]], probs[n, labels[n]].item(), true_maps[n]))
-    title = f"{run_dir.name} on {TITLES[dataset] + ' test images' if args.image is None else Path(args.image).name}"
-    pictures = [images[n].numpy() for n in shown]
-    draw(run_dir / "gradcam.png", [rows[n] for n in shown], pictures, panels, args.layer, title)
-    empty = int((maps <= 0).flatten(1).all(1).sum())
-    print(f"{len(rows)} images of {TITLES[dataset]}" if args.image is None else args.image, end="")
-    print(
-        f", {maps.shape[1]}x{maps.shape[2]} cells at {args.layer}, {empty} without positive evidence for their target"
-    )
-    print(
-        f"mean border energy of these maps {border.nanmean():.3f}: their share in the outermost 4 pixels, 0.438 if even; "
-        "border is not background,\nand cells as large as layer4's are coarse: --layer layer3 is finer"
-    )
-    print(f"wrote gradcam.png ({len(shown)} images) and gradcam.csv ({len(rows)}) to {run_dir}")
+    rows = [{"index": i} | row for i, row in zip(index, rows)]
+    utils.write_csv(run_dir / "gradcam.csv", rows)
+    print(f"wrote {run_dir / 'gradcam.csv'}")
+    empty = sum(row["map_max"] <= 0 for row in rows)
+    print(f"  {empty} of {len(rows)} maps have no positive evidence for their target")
+    shown = [i for n, i in enumerate(index) if failures is None or failures[n]["representative"]]
+    what = ": test images" if failures is None else ": confident mistakes on test images"
+    draw(images[shown], labels[shown], [f"test image {i}" for i in shown], what, "gradcam.png")
     if failures:
-        table = table_of_before(run_dir, failures)
-        what = f"attention to the border, and what the maps are worth, for all {len(failures)} failures"
-        if table:
-            print(f"\n{what}, as measured before; to do it again, delete {run_dir}/attention.json\n{table}")
-        else:
-            print(f"\n{what}; Ctrl-C keeps the above", flush=True)
-            report = measure_attention(model, run_dir, failures, images, preds, test_set, test_logits, names)
-            print(attention_table(report))
-            print(f"wrote attention.csv and attention.json to {run_dir}, and added these figures to failures.csv")
+        report_attention(run_dir, model, trained, index, (images, labels), names, digest)
+        print(f"next: python evaluate.py {utils.quote(run_dir)}")
     return rows
 
 

@@ -1,30 +1,33 @@
-"""ResNet-18 for 32x32 images, written by hand.
+"""ResNet-18 and ResNet-34 for 32x32 images, and a small transformer, written by hand.
 
-    from model import resnet18
-    model = resnet18()                           # 11,220,132 parameters
+    from model import make_model, resnet18
+    model = resnet18()                           # 11,220,132 parameters; the same as make_model("resnet18")
     logits = model(torch.randn(8, 3, 32, 32))    # (8, 100)
 
 He, Zhang, Ren, Sun: Deep residual learning for image recognition, arXiv:1512.03385. The paper's network is
-made for 224x224 photographs: a 7x7 convolution with stride 2 and a 3x3 max-pool leave 56x56 of them. The same
-start would leave 8x8 of a CIFAR image before the first block; users who kept it report about 60 % accuracy where
-others have 75 (github.com/weiaicunzai/pytorch-cifar100/issues/17). So, as is usual on CIFAR, the stem here is one
-3x3 convolution with stride 1, and there is no max-pool.
+made for 224x224 photographs: a 7x7 convolution with stride 2 and a 3x3 max-pool leave 56x56 of them. The
+same start would leave 8x8 of a CIFAR image before the first block; users who kept it report about 60 %
+accuracy where others have 75 (github.com/weiaicunzai/pytorch-cifar100/issues/17). So, as is usual on CIFAR,
+the stem here is one 3x3 convolution with stride 1, and there is no max-pool.
 
-    stage     output      what
+    stage     output      ResNet-18 (ResNet-34)
     stem      64 x 32x32  3x3 convolution
-    layer1    64 x 32x32  2 basic blocks
-    layer2   128 x 16x16  2 basic blocks, the first with stride 2
-    layer3   256 x  8x 8  the same
-    layer4   512 x  4x 4  the same
+    layer1    64 x 32x32  2 (3) basic blocks
+    layer2   128 x 16x16  2 (4) basic blocks, the first with stride 2
+    layer3   256 x  8x 8  2 (6) the same
+    layer4   512 x  4x 4  2 (3) the same
     head     100          mean over the 4x4 cells, then a linear layer
+
+The transformer, CCT, is explained at its class. To add a network: MODELS, LAST_MAP and make_model below.
 """
 
+import torch
 import torch.nn.functional as F
 from torch import nn
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions and a shortcut: relu(x + bn(conv(relu(bn(conv(x)))))), figure 2 of the paper."""
+    """Two 3x3 convolutions and a shortcut: relu(x + bn(conv(relu(bn(conv(x)))))), figure 2 of He et al."""
 
     def __init__(self, in_channels, channels, stride):
         super().__init__()
@@ -48,17 +51,20 @@ class BasicBlock(nn.Module):
         return F.relu(x + shortcut)
 
 
-class ResNet18(nn.Module):
-    """See resnet18() below. Modules are named as in torchvision, so that state dicts can be exchanged."""
+class ResNet(nn.Module):
+    """blocks: how many basic blocks in each of the four stages. width: channels of the first stage.
 
-    def __init__(self, num_classes, width):
+    Modules are named as in torchvision, so that state dicts can be exchanged.
+    """
+
+    def __init__(self, blocks, num_classes, width):
         super().__init__()
         self.conv1 = nn.Conv2d(3, width, 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
-        self.layer1 = nn.Sequential(BasicBlock(width, width, 1), BasicBlock(width, width, 1))
-        self.layer2 = nn.Sequential(BasicBlock(width, 2 * width, 2), BasicBlock(2 * width, 2 * width, 1))
-        self.layer3 = nn.Sequential(BasicBlock(2 * width, 4 * width, 2), BasicBlock(4 * width, 4 * width, 1))
-        self.layer4 = nn.Sequential(BasicBlock(4 * width, 8 * width, 2), BasicBlock(8 * width, 8 * width, 1))
+        self.layer1 = stage(blocks[0], width, width, stride=1)
+        self.layer2 = stage(blocks[1], width, 2 * width, stride=2)
+        self.layer3 = stage(blocks[2], 2 * width, 4 * width, stride=2)
+        self.layer4 = stage(blocks[3], 4 * width, 8 * width, stride=2)
         self.fc = nn.Linear(8 * width, num_classes)
 
         # He et al., arXiv:1502.01852: variance 2 / fan_out keeps the gradient's scale through the ReLUs.
@@ -78,11 +84,90 @@ class ResNet18(nn.Module):
         return self.fc(x)  # (B, num_classes)
 
 
-def resnet18(num_classes=100, width=64):
-    """ResNet-18 for images (B, 3, H, W) float32, returning logits (B, num_classes) before the softmax.
+def stage(blocks, in_channels, channels, stride):
+    """The first block changes the size and the channels, the others keep them."""
+    first = BasicBlock(in_channels, channels, stride)
+    return nn.Sequential(first, *(BasicBlock(channels, channels, 1) for _ in range(blocks - 1)))
 
-    width: channels of the first stage, 64 in the paper; 16 has a 16th of the parameters and is for quick
-    looks. Draws its weights from torch's global generator: call torch.manual_seed first to get the same ones
-    again.
+
+class TransformerBlock(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x)): T tokens of dim channels (B, T, dim) in and out.
+
+    Vaswani et al., arXiv:1706.03762, with the norms first as in Dosovitskiy et al., arXiv:2010.11929.
     """
-    return ResNet18(num_classes, width)
+
+    def __init__(self, dim, heads=2):
+        super().__init__()
+        self.heads = heads
+        self.norm1 = nn.LayerNorm(dim)
+        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
+        self.proj = nn.Linear(dim, dim)
+        self.norm2 = nn.LayerNorm(dim)
+        self.mlp = nn.Sequential(nn.Linear(dim, dim), nn.GELU(), nn.Linear(dim, dim))
+
+    def forward(self, x):
+        x = x + self.attention(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+    def attention(self, x):
+        batch, tokens, dim = x.shape
+        qkv = self.qkv(x).reshape(batch, tokens, 3, self.heads, dim // self.heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, T, dim / heads)
+        # Row i: how much token i takes from every token. 64 tokens are few enough to keep the whole matrix.
+        weights = (q @ k.transpose(2, 3) * q.shape[-1] ** -0.5).softmax(-1)  # (B, heads, T, T)
+        return self.proj((weights @ v).transpose(1, 2).reshape(batch, tokens, dim))
+
+
+class CCT(nn.Module):
+    """CCT-2/3x2, a compact convolutional transformer: 2 blocks on the 8x8 tokens that 2 convolutions leave.
+
+    Hassani et al., arXiv:2104.05704: 0.28 M parameters with 10 classes, at width 64. Convolutions in place
+    of patches let a transformer learn from 50,000 images. Two differences: no dropout, and the head takes the
+    mean of the tokens after the last norm, not a learned average. So a logit is the mean of an 8x8 map,
+    `tokens` weighted by the head, plus a bias, as with layer4 of a ResNet.
+    """
+
+    def __init__(self, num_classes, width):
+        super().__init__()
+        dim = 2 * width
+        self.conv1 = nn.Conv2d(3, width, 3, padding=1, bias=False)
+        self.conv2 = nn.Conv2d(width, dim, 3, padding=1, bias=False)
+        self.position = nn.Parameter(0.02 * torch.randn(1, 64, dim))  # learned
+        self.blocks = nn.Sequential(TransformerBlock(dim), TransformerBlock(dim))
+        self.norm = nn.LayerNorm(dim)
+        self.tokens = nn.Identity()  # a name for the map, where Grad-CAM takes hold
+        self.fc = nn.Linear(dim, num_classes)
+
+        nn.init.kaiming_normal_(self.conv1.weight)
+        nn.init.kaiming_normal_(self.conv2.weight)
+
+    def forward(self, x):
+        x = F.max_pool2d(F.relu(self.conv1(x)), 3, stride=2, padding=1)  # (B, 64, 16, 16) at width 64
+        x = F.max_pool2d(F.relu(self.conv2(x)), 3, stride=2, padding=1)  # (B, 128, 8, 8)
+        x = x.flatten(2).transpose(1, 2) + self.position  # (B, 64, 128): a token for each of the 8x8 cells
+        x = self.norm(self.blocks(x))  # (B, 64, 128)
+        x = self.tokens(x.transpose(1, 2).unflatten(2, (8, 8)))  # (B, 128, 8, 8)
+        return self.fc(x.mean((2, 3)))  # (B, num_classes)
+
+
+MODELS = {"resnet18": "ResNet-18", "resnet34": "ResNet-34", "cct": "CCT-2/3x2"}  # flag: name in titles
+LAST_MAP = {"resnet18": "layer4", "resnet34": "layer4", "cct": "tokens"}  # the last module that has a map
+
+
+def make_model(name="resnet18", num_classes=100, width=64):
+    """A network for images (B, 3, 32, 32) float32; it returns logits (B, num_classes) before the softmax.
+
+    name: one of MODELS; ValueError otherwise. width: channels of the first convolution, 64 in the papers; 16
+    has about a 16th of the parameters and is for quick looks. Draws its weights from torch's global
+    generator: call torch.manual_seed first to get the same ones again.
+    """
+    if name == "cct":
+        return CCT(num_classes, width)
+    if name in MODELS:
+        blocks = {"resnet18": (2, 2, 2, 2), "resnet34": (3, 4, 6, 3)}[name]
+        return ResNet(blocks, num_classes, width)
+    raise ValueError(f"no model {name!r}; there are {', '.join(MODELS)}")
+
+
+def resnet18(num_classes=100, width=64):
+    return make_model("resnet18", num_classes, width)

@@ -1,13 +1,15 @@
-"""What two scripts or more share: errors, files, devices, metrics, progress and figures.
+"""What two scripts or more share: errors, files, checkpoints, metrics, figures.
 
-    from utils import macro_scores, confusion_matrix, calibration_error
-    confusion = confusion_matrix(labels, logits.argmax(1), num_classes=100)
+    from utils import load_model, macro_scores, confusion_matrix
+    model = load_model("runs/baseline")     # the best network, in eval mode
+    confusion = confusion_matrix(labels, preds, num_classes=100)
     precision, recall, f1 = macro_scores(confusion)
 
 Importing this file has no side effect.
 """
 
 import argparse
+import contextlib
 import csv
 import hashlib
 import io
@@ -20,32 +22,25 @@ import shutil
 import signal
 import sys
 import time
+import warnings
 import zipfile
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from model import make_model
+
 BLUE, VERMILION, GRAY = "#0072B2", "#D55E00", "#999999"  # Okabe and Ito: colour-blind readers tell them apart
+PLACES = {"data_dir", "data_url", "device", "output_dir", "resume", "quick"}  # flags outside the recipe
+NEWER_FLAGS = {"model": "resnet18", "mixup": 0.0, "cutmix": 0.0}  # of runs from before these flags
 
 
-# Columns that gradcam.py adds to failures.csv; attention.csv has them too.
-ATTENTION = (
-    "border_energy border_drop centre_drop border_reliance "
-    "insertion_deletion insertion_deletion_shuffled insertion_deletion_other"
-).split()
-PLACES = {"data_dir", "data_url", "device", "output_dir", "resume"}  # flags of train.py that leave the recipe alone
-FEWEST = 20  # images, below which their mean has no interval, and a claim no word
-
-# ---- errors and the command line ---------------------------------------------------------------------------
+# ---- errors and the command line ------------------------------------------------------------------------
 
 
 class ScriptError(Exception):
-    """One line for the user: what is wrong; what to do.
-
-    code: the exit status. 2: a wrong argument or input file. 1: the world failed (network, disk, memory,
-    divergence).
-    """
+    """One line for the user: what is wrong; what to do. code: the exit status, as in run_script()."""
 
     def __init__(self, message, code=2):
         super().__init__(message)
@@ -63,41 +58,38 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """argparse that prints the docstring and the defaults in --help and takes no abbreviations.
+    """argparse with a script's docstring and the defaults in --help, and without abbreviations.
 
-    It raises ScriptError instead of SystemExit, so that main([...]) in a notebook cell raises an ordinary
-    exception.
+    A mistake raises ScriptError instead of SystemExit, so that main([...]) in a notebook cell raises an
+    ordinary exception. Without arguments, main() takes none from the command line of the notebook's kernel.
     """
 
-    def __init__(self, docstring):
-        super().__init__(description=docstring, formatter_class=HelpFormatter, allow_abbrev=False)
+    def __init__(self, script, docstring):
+        name = Path(script).name
+        super().__init__(prog=name, description=docstring, formatter_class=HelpFormatter, allow_abbrev=False)
+
+    def parse_args(self, argv):
+        return super().parse_args([str(word) for word in argv or ()])
 
     def error(self, message):
-        raise ScriptError(f"{message}; {self.prog} --help lists the arguments")
+        raise ScriptError(f"{message}; python {self.prog} --help lists the arguments")
 
 
 def add_common_flags(parser, dataset=None):
-    """The three flags of every script. dataset: the default; None takes it from the run."""
-    parser.add_argument(
-        "--data-dir", default="data", help="folder that holds cifar-100-python, or that folder itself"
-    )
-    parser.add_argument(
-        "--dataset",
-        choices=["cifar100", "synthetic"],
-        default=dataset,
-        help="synthetic: a made-up stand-in, to try the scripts without the data"
-        + ("" if dataset else " (default: the one the run was trained on)"),
-    )
-    parser.add_argument(
-        "--device", default="auto", help="auto, cpu, cuda, cuda:N or mps; auto takes a GPU if there is one"
-    )
+    """The three flags of every script. dataset: its default; None takes it from the run."""
+    where = "" if dataset else " (default: where the run found its data, else data)"
+    what = "a made-up stand-in" + ("" if dataset else " (default: the one the run was trained on)")
+    add = parser.add_argument
+    add("--data-dir", metavar="DIR", help="folder that holds cifar-100-python, or that folder itself" + where)
+    add("--dataset", choices=["cifar100", "synthetic"], default=dataset, help=f"synthetic: {what}")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps; auto takes a GPU if there is one")
 
 
 def run_script(main):
     """Run main() as a script does: one line on stderr instead of a traceback, and a telling exit status.
 
-    0: done. 2: a wrong argument or input file. 1: the world failed. 130: Ctrl-C. 143: SIGTERM. A bug in these
-    scripts still shows its traceback.
+    0: done. 2: a wrong argument or input file. 1: the world failed (network, disk, memory, divergence). 130:
+    Ctrl-C. 143: SIGTERM. A bug in these scripts still shows its traceback.
     """
 
     def terminate(signum, frame):
@@ -105,7 +97,7 @@ def run_script(main):
 
     signal.signal(signal.SIGTERM, terminate)  # by default SIGTERM ends Python without running any `finally`
     try:
-        main()
+        main(sys.argv[1:])
         sys.stdout.flush()
         return
     except ScriptError as error:
@@ -116,7 +108,8 @@ def run_script(main):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except OSError as error:
-        message, code = f"{error.filename or 'the system'}: {error.strerror or error}; nothing written is lost", 1
+        where, what = error.filename or "the system", error.strerror or error
+        message, code = f"{where}: {what}; nothing written is lost", 1
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "alloc" not in str(error).lower():
             raise
@@ -124,11 +117,6 @@ def run_script(main):
     sys.stdout.flush()
     print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
     sys.exit(code)
-
-
-def data_dir_flag(args):
-    """What the next command has to repeat to find the data."""
-    return f" --data-dir {quote(args.data_dir)}" if args.data_dir != "data" else ""
 
 
 def quote(path):
@@ -140,88 +128,175 @@ def warn(message):
     print(f"warning: {message}", file=sys.stderr, flush=True)
 
 
-# ---- files -------------------------------------------------------------------------------------------------
+# ---- writing --------------------------------------------------------------------------------------------
 
 
-def write_file(path, write):
-    """Call write(file) on a new binary file, then move it over path: a kill leaves the old content or the new one."""
+def write_file(path, content):
+    """Write bytes: a kill leaves the old file or the new one. Returns whether the content is new.
+
+    An equal file is left alone, so that scoring a published run again leaves a clone clean.
+    """
     path = Path(path)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
+        if path.is_file() and path.stat().st_size == len(content) and path.read_bytes() == content:
+            return False
         with open(partial, "wb") as file:
-            write(file)
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())  # on the disk before the name points to it
-        os.replace(partial, path)
+        replace(partial, path)
+        return True
     except OSError as error:
-        raise ScriptError(
-            f"cannot write {path} ({error.strerror or error}); free some space or use another folder; the file of before is intact",
-            code=1,
-        ) from None
+        advice = "free some space or use another folder; the file of before is intact"
+        raise ScriptError(f"cannot write {path} ({error.strerror or error}); {advice}", code=1) from None
     finally:
         partial.unlink(missing_ok=True)
 
 
-def write_text(path, text):
-    write_file(path, lambda file: file.write(text.encode()))
+def replace(source, target):
+    """os.replace, for two seconds patient with Windows, where it fails on a file that Excel has open."""
+    for attempt in range(20):
+        try:
+            return os.replace(source, target)
+        except PermissionError:
+            if os.name != "nt" or attempt == 19:
+                raise
+            time.sleep(0.1)
+
+
+def rounded(value):
+    """A JSON value with six significant digits in every float, and null for NaN and infinity."""
+    if isinstance(value, dict):
+        return {key: rounded(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple, np.ndarray)):
+        return [rounded(item) for item in value]
+    if isinstance(value, (float, np.floating)):
+        return float(f"{value:.6g}") + 0.0 if math.isfinite(value) else None  # + 0.0: never -0.0
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def write_json(path, content):
-    write_text(path, json.dumps(content, indent=2) + "\n")
+    return write_file(path, (json.dumps(rounded(content), indent=2) + "\n").encode())
 
 
-def write_csv(path, columns, rows):
-    """A header and one line per dict; floats keep all their digits."""
+def write_csv(path, rows, columns=None):
+    """A header and one line per dict; columns: the header, if rows may be empty."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer = csv.DictWriter(text, columns or list(rows[0]), lineterminator="\n")
     writer.writeheader()
-    writer.writerows(rows)
-    write_text(path, text.getvalue())
+    writer.writerows(rounded(rows))
+    return write_file(path, text.getvalue().encode())
+
+
+def write_npy(path, array):
+    buffer = io.BytesIO()
+    np.save(buffer, array, allow_pickle=False)
+    return write_file(path, buffer.getbuffer())
 
 
 def sha256(path):
     """Hex digest of a file, or None if there is no such file."""
-    try:
-        return hashlib.sha256(Path(path).read_bytes()).hexdigest()
-    except FileNotFoundError:
-        return None
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest() if Path(path).is_file() else None
 
 
-def read_json(path, made_by):
-    """The dict in a JSON file; made_by is the command to run when it is missing."""
+# ---- reading: whatever comes from disk goes through read() -----------------------------------------------
+
+
+def read(path, parse, what, made_by):
+    """parse(the bytes of a file), or ScriptError in one line if it is missing, damaged or something else.
+
+    what: the content expected, such as "a list of failures". made_by: the command that makes the file. parse
+    may raise anything: on damaged files json, csv, zip, NumPy and torch raise KeyError to UnicodeDecodeError.
+    """
     try:
-        content = json.loads(Path(path).read_text())
+        content = Path(path).read_bytes()
     except FileNotFoundError:
         raise ScriptError(f"no {path}; run {made_by} first") from None
-    except (OSError, ValueError) as error:
-        raise ScriptError(f"{path} is not readable as JSON ({error}); run {made_by} again") from None
-    if not isinstance(content, dict):
-        raise ScriptError(f"{path} holds no JSON object; run {made_by} again")
-    return content
+    except OSError as error:
+        raise ScriptError(f"{path} cannot be read ({error.strerror}); it should be {what}") from None
+    try:
+        return parse(content)
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ScriptError(f"{path} is not {what} ({reason}); run {made_by} again") from None
+
+
+def require(condition, reason):
+    """For parsers: ValueError(reason) unless the condition holds."""
+    if not condition:
+        raise ValueError(reason)
+
+
+def read_json(path, made_by, what="a JSON object", keys=()):
+    """The dict in a JSON file, which must have the keys."""
+
+    def parse(content):
+        found = json.loads(content)
+        require(isinstance(found, dict), "no JSON object")
+        missing = [key for key in keys if key not in found]
+        require(not missing, f"without {', '.join(missing)}")
+        return found
+
+    return read(path, parse, what, made_by)
+
+
+def read_csv(path, made_by, what, columns):
+    """The rows of a CSV file as dicts. columns: {name: type} that must be there; the others are text."""
+
+    def parse(content):
+        reader = csv.DictReader(io.StringIO(content.decode()))
+        missing = [name for name in columns if name not in (reader.fieldnames or ())]
+        require(not missing, f"without {', '.join(missing)}")
+        rows = list(reader)
+        whole = all(None not in row and None not in row.values() for row in rows)
+        require(whole, "a row is cut short or too long")
+        return [row | {name: kind(row[name]) for name, kind in columns.items()} for row in rows]
+
+    return read(path, parse, what, made_by)
+
+
+def read_npy(path, made_by, what, check=lambda array: None, digest=None):
+    """A .npy array, never unpickling. check(array) may raise ValueError. digest: the file's SHA-256."""
+
+    def parse(content):
+        known = digest in (None, hashlib.sha256(content).hexdigest())
+        require(known, "damaged or replaced: metrics.json was made from another one")
+        require(content[:6] == b"\x93NUMPY", "no .npy file")
+        array = np.load(io.BytesIO(content), allow_pickle=False)
+        check(array)
+        return array
+
+    return read(path, parse, what, made_by)
 
 
 def open_run(text):
-    """(path, config.json as a dict) of a run directory that can be written to, from what the user typed."""
+    """(path, config.json as a dict) of a run directory, from what the user typed."""
     run_dir = Path(text).expanduser()
     if run_dir.is_file():
         raise ScriptError(f"{run_dir} is a file; name the run directory, such as {run_dir.parent}")
-    config = read_json(run_dir / "config.json", "python train.py")
-    if config.get("dataset") not in ("cifar100", "synthetic") or not isinstance(config.get("args"), dict):
-        raise ScriptError(f"{run_dir / 'config.json'} is not of train.py; name a run directory of python train.py")
+    what, keys = "the config.json of a run", ("args", "dataset")
+    config = read_json(run_dir / "config.json", "python train.py", what, keys)
+    if config["dataset"] not in ("cifar100", "synthetic") or not isinstance(config["args"], dict):
+        raise ScriptError(f"{run_dir / 'config.json'} is not {what}; name a run directory of python train.py")
     if not os.access(run_dir, os.W_OK):
         raise ScriptError(f"{run_dir} cannot be written to; copy it to a folder of yours")
     return run_dir, config
 
 
 def recipe(config):
-    """All that a run was trained with, but its seed."""
-    return {key: value for key, value in config["args"].items() if key not in PLACES | {"seed"}}
+    """All that a run was trained with, but its seed: {flag: value}."""
+    args = NEWER_FLAGS | config["args"]
+    return {flag: value for flag, value in args.items() if flag not in PLACES | {"seed"}}
 
 
-def check_dataset(run_dir, dataset, asked):
-    """The data set is the run's; --dataset may only repeat it."""
-    if asked not in (None, dataset):
-        raise ScriptError(f"{run_dir} was trained on {dataset}, not on --dataset {asked}; leave the flag out")
+def dataset_of(run_dir, config, args):
+    """(dataset, data_dir) of a run. The user's --dataset may only repeat the run's; --data-dir wins."""
+    if args.dataset not in (None, config["dataset"]):
+        raise ScriptError(f"{run_dir} was trained on {config['dataset']}, not on --dataset {args.dataset}")
+    remembered = str(config["args"].get("data_dir") or "data")
+    found = Path(remembered).expanduser().exists()
+    return config["dataset"], args.data_dir or (remembered if found else "data")
 
 
 def check_torch():
@@ -234,68 +309,69 @@ def load_checkpoint(path):
     """The dict that train.py saved: tensors and plain Python only, on the CPU.
 
     Nothing in the file is executed (weights_only), and its CRC sums are compared first, which torch.load does
-    not do: a flipped bit in a tensor would go unnoticed. Raises ScriptError for anything but an intact
-    checkpoint of this project.
+    not do: a flipped bit in a tensor would go unnoticed.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise ScriptError(f"no {path}; run python train.py first, or name the folder of a run that has it")
-    check_torch()
-    try:
-        content = path.read_bytes()  # checked and loaded from the same bytes
+
+    def parse(content):
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
             damaged = archive.testzip()
-        if damaged:
-            raise zipfile.BadZipFile(f"wrong CRC in {damaged}")
-        checkpoint = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    except Exception as error:  # pickle, zip and torch raise anything from KeyError to UnicodeDecodeError here
-        asks = re.search(r"GLOBAL (\S+)", str(error))
-        reason = f"it asks to run {asks[1]}" if asks else (str(error).strip() or type(error).__name__).splitlines()[0]
-        message = f"{path} is not a checkpoint of this project ({reason}); refused, nothing was executed"
-        raise ScriptError(message) from None
-    try:
-        args = checkpoint["args"]
-        sound = [
-            checkpoint["format"] == 1,
-            type(checkpoint["epoch"]) is int,
-            args["dataset"] in ("cifar100", "synthetic"),
-            all(type(args[key]) is int and args[key] >= 0 for key in ("width", "seed", "val_size")),
-            1 <= args["width"] <= 1024,
-            all(isinstance(tensor, torch.Tensor) for tensor in checkpoint["model"].values()),
-        ]
-    except (TypeError, KeyError, AttributeError, IndexError):
-        sound = [False]
-    if not all(sound):
-        raise ScriptError(f"{path} is not a checkpoint of this version of train.py; train one with python train.py")
-    return checkpoint
+        require(not damaged, f"wrong CRC in {damaged}")
+        try:
+            checkpoint = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        except Exception as error:  # torch's own text advises to switch the protection off
+            asks = re.search(r"GLOBAL (\S+)", str(error))
+            raise ValueError(f"it asks to run {asks[1]}, refused" if asks else type(error).__name__) from None
+        args, model = checkpoint["args"], checkpoint["model"]
+        require(checkpoint["format"] == 1 and type(checkpoint["epoch"]) is int, "another version of train.py")
+        require(args["dataset"] in ("cifar100", "synthetic"), "an unknown data set")
+        sizes = [args[key] for key in ("width", "seed", "val_size")]
+        require(all(type(size) is int and size >= 0 for size in sizes), "odd sizes")
+        require(1 <= args["width"] <= 1024, "an odd width")
+        require(all(isinstance(tensor, torch.Tensor) for tensor in model.values()), "weights are no tensors")
+        return checkpoint
+
+    check_torch()
+    return read(path, parse, "a checkpoint of this project", "python train.py")
 
 
 def load_weights(model, state, path):
-    """Copy a checkpoint's weights into model, also from DataParallel or torch.compile, which prefix the names."""
+    """Copy a checkpoint's weights into model; DataParallel and torch.compile prefix their names."""
     state = {re.sub(r"^(module\.|_orig_mod\.)+", "", name): tensor for name, tensor in state.items()}
-    own = model.state_dict()
-    shapes, wanted = ({name: tuple(tensor.shape) for name, tensor in part.items()} for part in (state, own))
-    wrong = [name for name in wanted | shapes if shapes.get(name) != wanted.get(name)]
+    found = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    wrong = [name for name in wanted | found if found.get(name) != wanted.get(name)]
     if wrong:
         some = f"{len(wrong)} tensors differ: {', '.join(wrong[:3])}"
-        raise ScriptError(f"{path} is of another network ({some}); use a run of train.py")
+        raise ScriptError(f"{path} belongs to another network ({some}); use a run of train.py")
     if not all(tensor.isfinite().all() for tensor in state.values()):
-        raise ScriptError(f"{path} holds NaN or infinite weights; the run diverged, train again with a lower --lr")
+        raise ScriptError(f"{path} holds NaN or infinite weights; train again with a lower --lr")
     model.load_state_dict(state)
 
 
-def load_array(path, made_by, again):
-    """A .npy array, never unpickling; ScriptError if it is missing or unreadable, with the remedy for each."""
+def network(checkpoint, path, device="cpu"):
+    """The network of a checkpoint, with its weights, on the device, in eval mode."""
+    args = NEWER_FLAGS | checkpoint["args"]
     try:
-        array = np.load(path, allow_pickle=False)
-        if not isinstance(array, np.ndarray):
-            raise ValueError("an archive of arrays")
-        return array
-    except FileNotFoundError:
-        raise ScriptError(f"no {path}; run {made_by} first") from None
-    except Exception as error:  # numpy raises EOFError, ValueError, MemoryError, SyntaxError... on damaged headers
-        reason = "no .npy file, or pickled objects in it" if "pickle" in str(error) else type(error).__name__
-        raise ScriptError(f"{path} is not readable as a NumPy array ({reason}); {again}") from None
+        model = make_model(args["model"], width=args["width"])
+    except ValueError as error:
+        raise ScriptError(f"{path}: {error}") from None
+    load_weights(model, checkpoint["model"], path)
+    return model.to(device, memory_format=memory_format(device)).eval()
+
+
+def load_model(run, device="cpu"):
+    """The best network of a run, in eval mode: load_model("runs/baseline")(images) gives logits (N, 100)."""
+    path = Path(run).expanduser() / "best.pt"
+    return network(load_checkpoint(path), path, device)
+
+
+def recorded_checksums(run_dir):
+    """{file: SHA-256} in metrics.json: of best.pt and of the arrays that it was made from."""
+    path, made_by = Path(run_dir) / "metrics.json", f"python evaluate.py {quote(run_dir)}"
+    known = read_json(path, made_by, "the scores of a run", ["sha256"])["sha256"]
+    if not isinstance(known, dict):
+        raise ScriptError(f"{path} has no checksums; run {made_by} again")
+    return known
 
 
 def load_logits(run_dir, split):
@@ -304,44 +380,50 @@ def load_logits(run_dir, split):
     Raises ScriptError for a wrong shape, dtype or value, and for files other than those that metrics.json was
     made from.
     """
-    run_dir = Path(run_dir)
-    paths = run_dir / f"{split}_logits.npy", run_dir / f"{split}_labels.npy"
-    made_by = f"python evaluate.py {quote(run_dir)}"
-    again = f"run {made_by} --refresh" if (run_dir / "best.pt").exists() else "restore it from where the run was made"
-    logits, labels = (load_array(path, made_by, again) for path in paths)
 
-    def require(valid, path, what):
-        if not valid:
-            raise ScriptError(f"{path} {what}; {again}")
+    def check_logits(array):
+        sound = array.ndim == 2 and array.shape[1] == 100 and len(array) > 0 and array.dtype.kind == "f"
+        require(sound, f"{array.dtype} {array.shape}, floats (N, 100) are wanted")
+        require(split != "test" or len(array) == 10_000, f"{len(array)} rows for the 10000 test images")
+        bad_rows = np.flatnonzero(~np.isfinite(array).all(1))
+        require(len(bad_rows) == 0, f"a NaN or infinite value in row {bad_rows[:1]}")
 
-    sound = logits.ndim == 2 and logits.shape[1] == 100 and len(logits) > 0 and logits.dtype.kind == "f"
-    require(sound, paths[0], f"is {logits.dtype} {logits.shape}, floats (N, 100) are wanted")
-    require(split != "test" or len(logits) == 10_000, paths[0], f"has {len(logits)} rows for the 10000 test images")
-    sound = labels.shape == (len(logits),) and labels.dtype.kind in "iu"
-    require(sound, paths[1], f"is {labels.dtype} {labels.shape}, integers ({len(logits)},) are wanted")
-    require(labels.min() >= 0 and labels.max() < 100, paths[1], "has labels outside 0..99")
-    bad_rows = np.flatnonzero(~np.isfinite(logits).all(1))
-    require(len(bad_rows) == 0, paths[0], f"has a NaN or infinite value in row {next(iter(bad_rows), None)}")
-    if (run_dir / "metrics.json").exists():
-        known = read_json(run_dir / "metrics.json", made_by).get("sha256")
-        for path in (*paths, run_dir / "best.pt"):
-            expected = known.get(path.name) if isinstance(known, dict) else None
-            if path.exists() and expected not in (None, sha256(path)):
-                what = "is not the file that metrics.json was made from: damaged, or replaced since"
-                raise ScriptError(f"{path} {what}; {again}" + ", or delete metrics.json" * ("restore" in again))
+    def check_labels(array):
+        sound = array.shape == (len(logits),) and array.dtype.kind in "iu"
+        require(sound, f"{array.dtype} {array.shape}, integers ({len(logits)},) are wanted")
+        require(array.min() >= 0 and array.max() < 100, "labels outside 0..99")
+
+    def load(name, what, check):
+        made_by = f"python evaluate.py {quote(run_dir)}"
+        return read_npy(Path(run_dir) / name, made_by, what, check, known.get(name))
+
+    known = recorded_checksums(run_dir) if (Path(run_dir) / "metrics.json").exists() else {}
+    logits = load(f"{split}_logits.npy", "the logits of a run", check_logits)
+    labels = load(f"{split}_labels.npy", "the labels of a run", check_labels)
     if logits.min() >= 0 and np.abs(logits.sum(1, dtype=np.float64) - 1).max() < 1e-3:
-        warn(f"{paths[0]} looks like probabilities, not logits: every confidence computed from it is too low")
+        warn(f"{run_dir}: {split}_logits.npy looks like probabilities: every confidence from it is too low")
     return logits.astype(np.float64), labels.astype(np.int64)
 
 
-# ---- device ------------------------------------------------------------------------------------------------
+def checkpoint_id(run_dir):
+    """SHA-256 of the best.pt that a run's logits come from, by metrics.json; files made from them carry it.
+
+    A published run keeps it without its best.pt. Raises ScriptError if best.pt has changed since.
+    """
+    known, now = recorded_checksums(run_dir).get("best.pt"), sha256(Path(run_dir) / "best.pt")
+    if now not in (None, known):
+        again = f"run python evaluate.py {quote(run_dir)} again"
+        raise ScriptError(f"{run_dir}: best.pt has changed since its logits were saved; {again}")
+    return known
+
+
+# ---- device ---------------------------------------------------------------------------------------------
 
 
 def select_device(name):
     """torch.device for "auto", "cpu", "cuda", "cuda:N" or "mps", after one real operation on it.
 
-    Makes float32 mean float32 from here on: by default, convolutions on an Ampere GPU keep 10 of its 23
-    mantissa bits.
+    From here on float32 means float32: by default an Ampere GPU's convolutions keep 10 of 23 mantissa bits.
     """
     check_torch()
     found = ["cpu"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
@@ -354,10 +436,11 @@ def select_device(name):
     try:
         torch.ones(1, device=device).add(1).item()
     except RuntimeError as error:  # a P100 is "available" to a PyTorch that has no kernels for it
-        reason = str(error).splitlines()[0]
-        advice = "choose another GPU (Kaggle: T4) or --device cpu"
+        reason, advice = str(error).splitlines()[0], "choose another GPU (Kaggle: T4) or --device cpu"
         raise ScriptError(f"{name} does not run this PyTorch ({reason}); {advice}", code=1) from None
-    torch.backends.cudnn.allow_tf32 = False
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch 2.9 warns that this name will change
+        torch.backends.cudnn.allow_tf32 = False
     return device
 
 
@@ -367,6 +450,46 @@ def device_name(device):
     return f"cpu ({torch.backends.cpu.get_cpu_capability()})" if device.type == "cpu" else device.type
 
 
+def select_precision(amp, device):
+    """(dtype, reason): the dtype for torch.autocast, None for float32, and why.
+
+    Hardware without bfloat16 emulates it, several times slower than float32; torch.cuda.is_bf16_supported()
+    counts that as support. float16 needs a GradScaler: gradients below 6e-8 would become zero.
+    """
+    fast, reason, possible = "off", "not tried on this device", {"off"}
+    if device.type == "cuda":
+        capability, name = torch.cuda.get_device_capability(device), device_name(device)
+        if capability >= (8, 0):
+            fast, reason = "bf16", "fast on this GPU"
+        elif capability >= (7, 0) and "GTX 16" not in name:  # github.com/pytorch/pytorch/issues/77955
+            fast, reason = "fp16", "this GPU has no bfloat16"
+        else:
+            reason = "float16 is slow or gives NaN on this GPU"
+        possible = {"off", "fp16", fast}
+    elif device.type == "cpu":
+        reason = "this CPU has no bfloat16"
+        with contextlib.suppress(OSError):  # not Linux
+            if re.search(r"\b(avx512_bf16|amx_bf16|bf16)\b", Path("/proc/cpuinfo").read_text()):
+                fast, reason = "bf16", "fast on this CPU"
+        possible = {"off", fast}
+    if amp == "auto":
+        amp = fast
+    elif amp in possible:
+        reason = "as asked"
+    else:
+        choices, name = ", ".join(sorted(possible)), device_name(device)
+        raise ScriptError(f"--amp {amp} is not for {name}; choose {choices}, or leave it out")
+    return {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[amp], reason
+
+
+def memory_format(device):
+    """channels_last, which convolutions are faster in, but not on Apple's GPUs.
+
+    There batch norm's gradients are wrong in that format (github.com/pytorch/pytorch/issues/175189).
+    """
+    return torch.contiguous_format if torch.device(device).type == "mps" else torch.channels_last
+
+
 @torch.no_grad()
 def predict(model, batches):
     """Logits (N, C) float32 of all batches (B, 3, 32, 32), in order, on the model's device, in eval mode."""
@@ -374,7 +497,7 @@ def predict(model, batches):
     return torch.cat([model(images).float() for images in batches])
 
 
-# ---- metrics -----------------------------------------------------------------------------------------------
+# ---- metrics --------------------------------------------------------------------------------------------
 
 
 def log_softmax(logits):
@@ -394,29 +517,25 @@ def confusion_matrix(labels, preds, num_classes):
 def macro_scores(confusion):
     """Unweighted means over the classes of precision, recall and F1, each in [0, 1].
 
-    confusion: (..., C, C) counts, row = true class, column = predicted class; leading axes are kept. A
-    precision, recall or F1 of 0/0 counts as 0, so the mean is always over C classes (scikit-learn:
-    zero_division=0). Example: [[3, 1], [2, 4]] has precisions 3/5, 4/5, recalls 3/4, 4/6, and F1 6/9, 8/11.
-    Raises ValueError if the matrix is not square.
+    confusion: (C, C) counts, row = true class, column = predicted class. A precision, recall or F1 of 0/0
+    counts as 0, so the mean is always over C classes (scikit-learn: zero_division=0). Example: [[3, 1], [2,
+    4]] has precisions 3/5, 4/5, recalls 3/4, 4/6, and F1 6/9, 8/11. Raises ValueError if the matrix is not
+    square.
     """
     confusion = np.asarray(confusion, np.float64)
-    if confusion.ndim < 2 or confusion.shape[-1] != confusion.shape[-2]:
+    if confusion.ndim != 2 or confusion.shape[0] != confusion.shape[1]:
         raise ValueError(f"a confusion matrix is square, got shape {confusion.shape}")
-    hits = np.diagonal(confusion, axis1=-2, axis2=-1)
-    return macro_scores_from_counts(hits, confusion.sum(-1), confusion.sum(-2))
+    return macro_scores_from_counts(np.diag(confusion), confusion.sum(1), confusion.sum(0))
 
 
 def macro_scores_from_counts(hits, true_counts, predicted_counts):
-    """macro_scores from (..., C) counts per class: right ones, images of the class, predictions of the class."""
+    """macro_scores from (..., C) counts: right ones, images of the class, predictions of the class."""
 
     def mean_ratio(a, b):
         return np.divide(a, b, out=np.zeros(np.broadcast(a, b).shape), where=b > 0).mean(-1)
 
-    return (
-        mean_ratio(hits, predicted_counts),
-        mean_ratio(hits, true_counts),
-        mean_ratio(2 * hits, true_counts + predicted_counts),
-    )
+    f1 = mean_ratio(2 * hits, true_counts + predicted_counts)
+    return mean_ratio(hits, predicted_counts), mean_ratio(hits, true_counts), f1
 
 
 def calibration_bins(confidence, num_bins=15):
@@ -428,7 +547,7 @@ def calibration_error(confidence, correct, num_bins=15):
     """Expected calibration error in [0, 1]: sum over bins of (n_b / N) |accuracy_b - mean confidence_b|.
 
     confidence: (N,) largest softmax probability. correct: (N,) bool. Guo et al., arXiv:1706.04599, equation
-    3.
+    3. n_b cancels: n_b (accuracy_b - mean confidence_b) is the sum of (correct - confidence) over the bin.
     """
     gaps = np.asarray(confidence, np.float64) - np.asarray(correct, np.float64)
     sums = np.bincount(calibration_bins(confidence, num_bins), weights=gaps, minlength=num_bins)
@@ -436,41 +555,17 @@ def calibration_error(confidence, correct, num_bins=15):
 
 
 def wilson_interval(hits, n):
-    """95 % interval (low, high) of a proportion of hits in n > 0 trials; never empty, also at 0 and n. Wilson 1927."""
+    """95 % interval (low, high) of a proportion of hits in n > 0 trials, also at 0 and n. Wilson 1927."""
     z, p = 1.959964, hits / n
     center, half = p + z**2 / (2 * n), z * np.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
     return np.maximum(center - half, 0) / (1 + z**2 / n), np.minimum((center + half) / (1 + z**2 / n), 1)
 
 
-def mean_interval(values, resamples=2000):
-    """(mean, low, high) of (N,) values but for NaN, with a 95 % bootstrap interval; None where there is none.
-
-    Below 20 values only the mean: so few, drawn again and again, look too much alike.
-    """
-    values = values[~np.isnan(values)]
-    if len(values) < FEWEST:
-        return (float(values.mean()) if len(values) else None), None, None
-    rng = np.random.default_rng(0)
-    blocks = (rng.integers(0, len(values), (100, len(values))) for _ in range(resamples // 100))
-    means = np.concatenate([values[block].mean(1) for block in blocks])
-    return float(values.mean()), *np.quantile(means, [0.025, 0.975]).tolist()
-
-
-def mcnemar(first, second):
-    """Exact McNemar test of two (N,) bool arrays of correct answers: (only first right, only second right, p).
-
-    p: how often chance would divide the images on which they differ at least as unevenly, if each were a fair coin.
-    """
-    b, c = int((first & ~second).sum()), int((~first & second).sum())
-    tail = sum(math.comb(b + c, k) for k in range(min(b, c) + 1))
-    return b, c, min(1.0, 2 * tail / 2 ** (b + c))
-
-
-# ---- progress and figures ----------------------------------------------------------------------------------
+# ---- progress and figures -------------------------------------------------------------------------------
 
 
 class Progress:
-    """A line on how far it is: redrawn twice a second on a terminal, a whole line every 30 s in a file or pipe."""
+    """A line on how far it is: redrawn twice a second on a terminal, printed every 30 s in a file or pipe."""
 
     def __init__(self):
         self.redraw = sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
@@ -509,22 +604,28 @@ def duration(seconds):
     """42 s, 7 min 03 s or 4 h 31 min."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
-    return (
-        f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {seconds:02d} s" if minutes else f"{seconds} s"
-    )
+    if hours:
+        return f"{hours} h {minutes:02d} min"
+    return f"{minutes} min {seconds:02d} s" if minutes else f"{seconds} s"
 
 
 def new_figure(width, height, rows=1, columns=1, **kwargs):
-    """(figure, axes) in inches, without pyplot: no window, no state, and a notebook's own plots are left alone."""
+    """(figure, axes) in inches, without pyplot: no window, no state; a notebook's own plots stay."""
     if "matplotlib" not in sys.modules and "ipykernel" not in sys.modules:
-        # `!python train.py` in Colab inherits the notebook's backend, which cannot be imported outside the
-        # notebook.
+        # `!python train.py` in Colab inherits the notebook's backend, which cannot be imported outside it.
         os.environ["MPLBACKEND"] = "agg"
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
+    figure._repr_png_ = lambda: png(figure)  # so a notebook shows it where it ends a cell
     return figure, figure.subplots(rows, columns, **kwargs)
 
 
+def png(figure):
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=150)
+    return buffer.getvalue()
+
+
 def save_figure(figure, path):
-    write_file(path, lambda file: figure.savefig(file, format="png", dpi=150))
+    return write_file(path, png(figure))
