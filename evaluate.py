@@ -667,7 +667,7 @@ CLAIMS = [
     Claim("earlier failures less confident", "below", lambda study: confidence_on_failures(study, "raw")),
     Claim("the same, temperature-scaled", "below", lambda study: confidence_on_failures(study, "scaled")),
     Claim("over-confidence falls", "below", lambda study: change(study.metric("signed_gap"))),
-    Claim("calibration improves (|gap|)", "below", calibration_improves),
+    Claim("calibration improves (gap)", "below", calibration_improves),
     Claim("generalizes better (NLL, scaled)", "below", lambda study: change(study.mean(lambda run: run.scaled.nll), unit=1)),
     Claim("ranks its errors better (AUROC)", "above", lambda study: change(study.metric("auroc_failure"))),
     Claim("more accurate under corruption", "above", accurate_under_corruption),
@@ -1010,21 +1010,20 @@ CALIBRATION = {"NLL": "nll", "Brier": "brier", "gap": "signed_gap", "ECE": "ece"
 
 
 def print_scores(named, published, markdown):
-    """named: {name: (values, ci95 or {})} of runs, means over seeds and ensembles."""
-    rows = [("published (smoothing 0.1)", (PUBLISHED, {}))] * published + list(named.items())
+    """named: [(name, values, interval of the accuracy or None)] of runs, means over seeds and ensembles."""
     table = []
-    for name, (values, ci95) in rows:
-        accuracy = cell(values["accuracy"]) + (f" {ends_cell(ci95['accuracy'])}" if ci95 else "")
+    for name, values, ends in [("published (smoothing 0.1)", PUBLISHED, None)] * published + named:
+        accuracy = cell(values["accuracy"]) + (f" {ends_cell(ends)}" if ends else "")
         table.append([name, accuracy] + [cell(values.get(key)) for key in CLASSIFICATION.values()])
     print_table(["in %", "accuracy [95 %]", *CLASSIFICATION], table, markdown)
     print()
     table = []
-    for name, (values, _) in named.items():
+    for name, values, _ in named:
         for suffix in ("", "_scaled"):
             found = [values.get(key + suffix) for key in CALIBRATION.values()]
             units = [(1, 3) if key in ("nll", "brier") else (100, 2) for key in CALIBRATION.values()]
             t = values.get("temperature")
-            label = name if not suffix else f"  T = {t:.3f}" if t else "  scaled"
+            label = name if not suffix else f"  T = {t:.3f}" if t else "    scaled"
             table.append([label] + [cell(value, *unit) for value, unit in zip(found, units)])
     print_table(["in %, NLL in nats", *CALIBRATION], table, markdown)
 
@@ -1038,14 +1037,11 @@ validation images."""
 
 
 def mean_and_spread(arm):
-    """{name: (values, {})}: mean and standard deviation over the seeds of one recipe, if it has several."""
-    if len(arm) < 2:
-        return {}
+    """Rows of print_scores: mean and standard deviation over the seeds of one recipe."""
     columns = {key: [run.values[key] for run in arm] for key in arm[0].values}
-    return {
-        f"{arm[0].name}: mean of {len(arm)}": ({key: float(np.mean(v)) for key, v in columns.items()}, {}),
-        f"{arm[0].name}: deviation": ({key: float(np.std(v, ddof=1)) for key, v in columns.items()}, {}),
-    }
+    mean = {key: float(np.mean(column)) for key, column in columns.items()}
+    deviation = {key: float(np.std(column, ddof=1)) for key, column in columns.items()}
+    return [(f"  mean of {len(arm)}", mean, None), ("  deviation", deviation, None)]
 
 
 def print_details(run, names):
@@ -1403,19 +1399,20 @@ def main(argv=None):
         run.stress = None if args.refresh and args.stress else read_stress(run)
 
     dataset = runs[0].config["dataset"]
-    table = {run.name: (run.values | {"temperature": run.temperature}, {"accuracy": interval(run.draws["accuracy"])}) for run in runs}
-    uncertainty = []
-    for arm in arms:
-        table |= mean_and_spread(arm)
+    table, uncertainty = [], []
+    for arm in [*arms, *([run] for run in runs if run not in comparable)]:
+        for run in arm:
+            table.append((run.name, run.values | {"temperature": run.temperature}, interval(run.draws["accuracy"])))
         if len(arm) > 1:
             together, extra = ensemble(arm)
-            table[f"{arm[0].name}: {together.name}"] = together.values, {}
-            uncertainty.append((f"{arm[0].name}: {together.name}", extra, together.raw.correct))
+            table += [*mean_and_spread(arm), (f"  {together.name}", together.values, None)]
+            uncertainty.append((f"{together.name} ({arm[0].name} ...)", extra, together.raw.correct))
     print(f"{len(runs[0].labels):,} test images of {TITLES[dataset]}")
     print_scores(table, dataset == "cifar100", args.markdown)
     print(LEGEND)
     for name, extra, correct in uncertainty:
-        parts = [f"{what.replace('_', ' ')} {v[correct].mean():.3f} where right, {v[~correct].mean():.3f} where wrong" for what, v in extra.items()]
+        parts = [f"{what.replace('_', ' ')} {v[correct].mean():.3f} where right, {v[~correct].mean():.3f} where wrong"
+                 for what, v in extra.items()]  # fmt: skip
         print(textwrap.fill(f"{name}: " + "; ".join(parts), 79, subsequent_indent="  "))
     if audit:
         for run in runs:
