@@ -185,7 +185,7 @@ def fetch(url):
                     print(f"  --data-url {other}", flush=True)
                 if progress.due():
                     speed = f"{len(content) / 1e6 / seconds:.2f} MB/s"
-                    progress.show(f"{done:.0%} of {ARCHIVE_SIZE / 1e6:.0f} MB, {speed}, {duration(left)} left")
+                    progress.show(f"{done:.0%} of {ARCHIVE_SIZE // 10**6} MB, {speed}, {duration(left)} left")
         if md5_of(content) != ARCHIVE_MD5:
             raise ValueError(f"{len(content):,} bytes came, with another MD5")
     except (OSError, ValueError, http.client.HTTPException) as error:

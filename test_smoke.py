@@ -1245,6 +1245,442 @@ def test_download_happens_once():
     assert len(asked) == 1 and [len(images) for images in found] == [20, 20] and printed.count("waiting") == 2
 
 
+# ---- metrics and intervals -------------------------------------------------------------------------------------------
+
+
+def random_case(n=400, seed=0, spread=3.0):
+    """(logits (n, 100), labels) with about half of them right; rounded so that there are ties."""
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, 100, n)
+    logits = rng.normal(size=(n, 100)) + spread * (np.arange(100) == labels[:, None])
+    return logits.round(1), labels
+
+
+def run_of(logits, labels, seed=42, name="run", temperature=1.0, **args):
+    return evaluate.Run(name, {"args": {"seed": seed, **args}, "dataset": "synthetic"}, logits, labels, temperature)
+
+
+def test_metrics_against_loops():
+    logits, labels = random_case()
+    scores = evaluate.score_images(logits, labels)
+    for i, label in enumerate(labels):
+        weights = [math.exp(z) for z in logits[i]]
+        probs = [w / math.fsum(weights) for w in weights]
+        assert math.isclose(scores.confidence[i], max(probs)) and math.isclose(scores.nll[i], -math.log(probs[label]))
+        assert math.isclose(scores.brier[i], math.fsum((p - (k == label)) ** 2 for k, p in enumerate(probs)))
+        ranked = sorted(range(100), key=lambda k: (-logits[i, k], k))
+        assert scores.pred[i] == ranked[0] and scores.top5[i] == (label in ranked[:5])
+        family = next(group.split() for group in data.SUPERCLASSES.values() if data.CLASS_NAMES[label] in group.split())
+        assert scores.same_superclass[i] == (data.CLASS_NAMES[ranked[0]] in family)
+    scores.confidence = scores.confidence.round(2)  # ties
+    values = {name: v[0] for name, v in evaluate.metrics(scores, labels, np.ones((1, len(labels)))).items()}
+    confidence, correct, wrong = scores.confidence, scores.correct, ~scores.correct
+    assert math.isclose(values["ece"], utils.calibration_error(confidence, correct))
+    expected = utils.macro_scores(utils.confusion_matrix(labels, scores.pred, 100))
+    assert np.allclose([values[f"macro_{name}"] for name in ("precision", "recall", "f1")], expected)
+    pairs = [(a > b) + (a == b) / 2 for a in confidence[correct] for b in confidence[wrong]]
+    assert math.isclose(values["auroc_failure"], sum(pairs) / len(pairs))
+    risks = [wrong[confidence >= c].mean() for c in confidence]  # among the images at least as confident
+    assert math.isclose(values["aurc"], np.mean(risks))
+    inside = [data.SUPERCLASS_OF[p] == data.SUPERCLASS_OF[y] for p, y in zip(scores.pred[wrong], labels[wrong])]
+    assert math.isclose(values["errors_within_superclass"], np.mean(inside))
+    assert math.isclose(values["signed_gap"], confidence.mean() - correct.mean())
+    assert math.isclose(values["confident_errors"], (wrong & (confidence > 0.9)).mean())
+
+
+def test_metrics_with_weights_are_those_of_repeated_images():
+    logits, labels = random_case(1000)
+    labels = np.sort(labels)
+    scores = evaluate.score_images(logits, labels)
+    counts = evaluate.resample(labels)[:3]
+    assert (counts.sum(1) == 1000).all() and len(set(map(bytes, counts))) == 3
+    for row in counts:  # each class is drawn from its own images
+        assert (np.bincount(labels, row, 100) == np.bincount(labels, minlength=100)).all()
+    assert (evaluate.resample(labels)[:3] == counts).all()  # the same for all runs: paired
+    weighted = evaluate.metrics(scores, labels, counts.astype(np.float32))
+    for k, row in enumerate(counts):
+        repeated = np.repeat(np.arange(1000), row)
+        again = evaluate.score_images(logits[repeated], labels[repeated])
+        for name, value in evaluate.metrics(again, labels[repeated], np.ones((1, 1000))).items():
+            assert math.isclose(weighted[name][k], value[0], rel_tol=1e-4, abs_tol=1e-6), name
+
+
+def test_metrics_closed_forms_against_simulation():
+    rng = np.random.default_rng(0)
+    confidence = rng.beta(4, 1, 5000)
+    drawn = [utils.calibration_error(confidence, rng.random(5000) < confidence) for _ in range(300)]
+    assert abs(evaluate.calibrated_ece(confidence) - np.mean(drawn)) < 3e-4
+    labels, preds = rng.integers(0, 100, 3000), np.minimum(rng.poisson(30, 3000), 99)
+    labels, preds = labels[labels != preds], preds[labels != preds]
+    shares = []
+    for _ in range(300):  # the wrong predictions permuted; one that is right by chance is no error
+        dealt = rng.permutation(preds)
+        wrong = dealt != labels
+        shares.append((data.SUPERCLASS_OF[dealt] == data.SUPERCLASS_OF[labels])[wrong].mean())
+    chance = evaluate.chance_within_superclass(utils.confusion_matrix(labels, preds, 100))
+    assert abs(chance - np.mean(shares)) < 5 * np.std(shares) / math.sqrt(300) + 1e-4
+    assert math.isnan(evaluate.chance_within_superclass(np.eye(100, dtype=int)))
+
+
+def test_metrics_temperature():
+    logits, labels = random_case(2000)
+    for factor in (1, 3, 0.2, 40):
+        t = evaluate.fit_temperature(logits * factor, labels)
+        nll = [-utils.log_softmax(logits * factor / s)[np.arange(2000), labels].mean() for s in (t, 0.99 * t, 1.01 * t)]
+        assert nll[0] < min(nll[1:]) and math.isclose(t / factor, evaluate.fit_temperature(logits, labels), rel_tol=1e-6)
+    perfect = 5.0 * np.eye(100)
+    assert math.isclose(evaluate.fit_temperature(perfect, np.arange(100)), 0.01)  # no minimum: the bound
+    run = run_of(logits, labels, temperature=2.0)
+    assert math.isclose(run.values["nll_scaled"], -utils.log_softmax(logits / 2)[np.arange(2000), labels].mean())
+    assert "accuracy_scaled" not in run.values and run.values["ece_scaled"] != run.values["ece"]
+
+
+def test_metrics_extremes():
+    """All right, all wrong, one image: no warning, and null where JSON would say NaN."""
+    logits, labels = 20.0 * np.eye(100), np.arange(100)
+    with np.errstate(all="raise", under="ignore"):
+        perfect, hopeless = run_of(logits, labels).values, run_of(logits, (labels + 1) % 100).values
+        single = run_of(logits[:1], labels[:1]).values
+    assert perfect["accuracy"] == 1 == perfect["macro_f1"] and math.isnan(perfect["errors_within_superclass"])
+    assert hopeless["accuracy"] == 0 == hopeless["macro_f1"] and hopeless["aurc"] == 1 == hopeless["confident_errors"]
+    assert single["macro_recall"] == 0.01 and utils.rounded(perfect)["auroc_failure"] is None
+
+
+def test_metrics_ensemble_by_hand():
+    labels, one, two = np.array([0, 1]), np.full((2, 100), -50.0), np.full((2, 100), -50.0)
+    one[:, 0], two[:, 1] = 50, 50  # each sure of another class
+    together, extra = evaluate.ensemble([run_of(one, labels), run_of(two, labels)])
+    assert np.allclose(np.exp(utils.log_softmax(together.logits))[:, :2], 0.5)
+    assert (extra["disagreement"] == 1).all() and np.allclose(extra["mutual_information"], math.log(2))
+    same, extra = evaluate.ensemble([run_of(one, labels)] * 3)
+    assert (extra["disagreement"] == 0).all() and np.allclose(extra["mutual_information"], 0) and same.values["accuracy"] == 0.5
+
+
+# ---- the verdict -----------------------------------------------------------------------------------------------------
+
+
+def simulated_runs(labels, seeds, rng, images=0, better=0.0, sharper=1.0, kin=0.0):
+    """Runs of one recipe on the test images of number `images`; better raises the true logit, sharper scales all."""
+    hot = np.arange(100) == labels[:, None]
+    relatives = (data.SUPERCLASS_OF == data.SUPERCLASS_OF[labels][:, None]) & ~hot
+    shown = np.random.default_rng([images, len(labels)])
+    ease, shared = shown.normal(scale=1.2, size=(len(labels), 1)), shown.normal(scale=0.8, size=(len(labels), 100))
+    runs = []
+    for seed in seeds:
+        signal, scale = 3.6 + better + 0.04 * rng.normal(), 3.0 * sharper * math.exp(0.03 * rng.normal())
+        noise = rng.normal(scale=0.6, size=(len(labels), 100))
+        logits = scale * ((signal + ease) * hot + kin * relatives + shared + noise)
+        runs.append(run_of(logits, labels, seed, f"{better} {sharper} {seed}", temperature=2 * sharper))
+    return runs
+
+
+def study_of(baselines, changed):
+    weights = evaluate.resample(baselines[0].labels)[:200]
+    for run in baselines + changed:
+        run.measure(weights)
+    return evaluate.Study(baselines, changed, weights)
+
+
+def verdict_of(study, **options):
+    with replaced(evaluate, "RESAMPLES", len(study.weights)):
+        return {claim.text: (estimate, ends, word) for claim, estimate, ends, word in evaluate.judge(study, **options)}
+
+
+def test_verdict_is_right_on_simulated_runs():
+    labels, rng = np.arange(1000) % 100, np.random.default_rng(0)
+    null = verdict_of(study_of(simulated_runs(labels, (1, 2), rng), simulated_runs(labels, (1, 2), rng)))
+    one_sided = [text for text in null if text not in ("errors stay inside superclasses", "small animals do worst")]
+    assert sum(null[text][2] == "supported" for text in one_sided) <= 1, null
+    base = simulated_runs(labels, (1, 2, 3), rng, kin=2.0, sharper=2.0)
+    blunt = verdict_of(study_of(base, simulated_runs(labels, (1, 2, 3), rng, kin=2.0, sharper=1.4)))
+    for text in ("earlier failures less confident", "over-confidence falls", "errors stay inside superclasses"):
+        assert blunt[text][2] == "supported", (text, blunt[text])
+    assert blunt["the same, temperature-scaled"][2] == "not decided"  # only the scale has changed
+    worse = verdict_of(study_of(base, simulated_runs(labels, (1, 2, 3), rng, kin=2.0, sharper=2.0, better=-1.0)))
+    assert worse["accuracy stays within 1 point"][2] == "contradicted" == worse["generalizes better (NLL, scaled)"][2]
+
+
+def test_verdict_decides_by_the_interval():
+    for ends, side, word in (
+        ((-2, -1), "below", "supported"), ((-2, 1), "below", "not decided"), ((1, 2), "below", "contradicted"),
+        ((1, 2), "above", "supported"), ((-2, -1), "above", "contradicted"), ((-0.009, 0.009), "within", "supported"),
+        ((-0.011, 0.009), "within", "not decided"), ((0.011, 0.02), "within", "contradicted"),
+        ((-0.02, 0.02), "within", "not decided"), ((-0.03, -0.02), "within", "contradicted"),
+    ):  # fmt: skip
+        assert evaluate.decide(ends, side) == word, (ends, side)
+
+
+def test_verdict_intervals_cover_images_and_seeds():
+    """Student's t with 2 degrees of freedom is 4.303 standard errors wide; the image noise is shrunk, not counted twice."""
+    draws = np.random.default_rng(0).normal(5, 1, 2000)
+    low, high = np.quantile(evaluate.with_noise(0.0, draws, 0.0, 0.0, 0), [0.025, 0.975])
+    assert abs(low + 1.96) < 0.15 and abs(high - 1.96) < 0.15
+    low, high = np.quantile(evaluate.with_noise(7.0, np.zeros(2000), 0.0, 10.0, 2), [0.025, 0.975])
+    assert abs((high - 7) / 43.03 - 1) < 0.05 and abs((7 - low) / 43.03 - 1) < 0.05
+    assert math.isclose(evaluate.with_noise(0.0, draws, 0.75 * draws.var(), 0.0, 0).std(), draws.std() / 2)
+    rows = np.random.default_rng(1).normal(size=(2, 2000))
+    arm = evaluate.Arm(np.array([0.1, 0.3]), rows)
+    assert math.isclose(arm.image_noise, (rows - rows.mean(0)).var(1).sum() / 2)
+    assert evaluate.Arm(np.array([0.1]), rows[:1]).image_noise == 0
+    deviation, degrees = evaluate.spread([arm, evaluate.Arm(np.array([1.0, 1.4]), rows)])
+    assert degrees == 2 and math.isclose(deviation, math.sqrt((2 * 0.1**2 + 2 * 0.2**2) / 2))
+
+
+def test_verdict_figures_by_hand():
+    labels, rng = np.arange(1000) % 100, np.random.default_rng(0)
+    base = simulated_runs(labels, (1, 2), rng, sharper=1.5)
+    other = simulated_runs(labels, (1, 3), rng, sharper=1.0)
+    rows = verdict_of(study_of(base, other))
+    means = [np.mean([run.raw.correct.mean() for run in arm]) for arm in (base, other)]
+    assert math.isclose(rows["accuracy stays within 1 point"][0].figure, means[1] - means[0])
+    gaps = [np.mean([run.values["signed_gap"] for run in arm]) for arm in (base, other)]
+    assert math.isclose(rows["calibration improves (gap)"][0].figure, abs(gaps[1]) - abs(gaps[0]))
+
+    # No run is asked about failures of its own seed: set 1 sees base 2 and other 3; set 2 sees base 1, other 1 and 3.
+    def on(run, picker):
+        return run.raw.confidence[picker.raw.failures].mean()
+
+    first = on(other[1], base[0]) - on(base[1], base[0])
+    second = (on(other[0], base[1]) + on(other[1], base[1])) / 2 - on(base[0], base[1])
+    estimate = rows["earlier failures less confident"][0]
+    assert math.isclose(estimate.figure, (first + second) / 2, rel_tol=1e-6)
+    drops = [on(base[1], base[0]) - on(base[0], base[0]), on(base[0], base[1]) - on(base[1], base[1])]
+    assert math.isclose(estimate.control_value, np.mean(drops), rel_tol=1e-6)
+
+    # Error rate among equally many most confident images.
+    count = round(np.mean([(run.raw.confidence > 0.9).sum() for run in base]))
+    rates = [[(~run.raw.correct[np.argsort(-run.raw.confidence)[:count]]).mean() for run in arm] for arm in (base, other)]
+    assert math.isclose(rows["fewer errors at equal coverage"][0].figure, np.mean(rates[1]) - np.mean(rates[0]))
+    small = np.isin(labels, data.SMALL_ANIMALS)
+    gap = np.mean([run.raw.correct[small].mean() - run.raw.correct[~small].mean() for run in base])
+    assert math.isclose(rows["small animals do worst"][0].figure, gap)
+
+
+def test_verdict_needs_two_runs_of_each_recipe():
+    labels, rng = np.arange(1000) % 100, np.random.default_rng(0)
+    first, second = simulated_runs(labels, [1], rng, sharper=2.0), simulated_runs(labels, [1], rng, sharper=0.5)
+    rows = verdict_of(study_of(first, second))
+    assert {word for _, _, word in rows.values()} == {"not decided"} and rows["over-confidence falls"][1]
+    assert "seed" in rows["over-confidence falls"][0].note
+    assert rows["earlier failures less confident"][0].figure is None  # only one seed
+    mild = simulated_runs(labels, [1, 2], rng, sharper=0.2)  # nothing is above 0.90
+    assert "50 are needed" in verdict_of(study_of(mild, second))["fewer errors at equal coverage"][0].note
+    alone = verdict_of(study_of(mild, []))
+    assert "accuracy stays within 1 point" not in alone and "errors stay inside superclasses" in alone
+    assert "small animals do worst" not in verdict_of(study_of(mild, []), synthetic=True)
+
+
+def test_verdict_peaks_are_those_of_the_other_runs():
+    curves = {"a": [1, 5, 2, 3], "b": [4, 1, 1, 2], "c": [3, 1, 2, 1]}
+    runs = [run_of(*random_case(200), seed=k, name=name) for k, name in enumerate(curves)]
+    for run in runs:
+        run.folder = scratch() / f"curve {run.name}"
+        run.folder.mkdir()
+        rows = [{"epoch": e, "val_acc": v / 10, "val_loss": -v / 10} for e, v in enumerate(curves[run.name], 1)]
+        utils.write_csv(run.folder / "log.csv", rows)
+    study = evaluate.Study(runs, [], None)
+    for column, sign in (("val_acc", 1), ("val_loss", -1)):
+        estimate = evaluate.worse_after_peak(column, sign, 0)(study)
+        # a: the others peak in epoch 1, 0.1 against 0.3; b: in epoch 2 (6 against 4 and 4), 0.1 against 0.2; c: 0.1 and 0.1
+        assert math.isclose(estimate.figure, np.mean([-0.2, -0.1, 0.0])), estimate
+        assert math.isclose(estimate.control_value, np.mean([1, 2, 2]))
+    (runs[0].folder / "log.csv").unlink()
+    (runs[1].folder / "log.csv").unlink()
+    estimate, printed = quietly(evaluate.worse_after_peak("val_acc", 1, 0), study)
+    assert estimate.figure is None and "left out" in printed
+
+
+def test_verdict_reads_attention_of_this_checkpoint_only():
+    logits, labels = random_case(1000, spread=9.0)
+    run = run_of(3 * logits, (labels + (np.arange(1000) < 30)) % 100)  # 30 confident failures at least
+    run.folder = scratch() / "attention"
+    run.folder.mkdir()
+    utils.write_json(run.folder / "metrics.json", {"sha256": {"best.pt": "abc"}})
+    picked = np.flatnonzero(run.raw.failures)
+    rows = []
+    for pair, index in enumerate(picked):  # every failure loses more at the border, every third match does
+        for group, border in (("failure", 0.5), ("matched", 0.5 if pair % 3 == 0 else 0.1)):
+            row = {"pair": pair, "group": group, "index": index, "confidence": 0.95, "border_drop": border}
+            rows.append(row | {"centre_drop": 0.3, "checkpoint": "abc"})
+    utils.write_csv(run.folder / "attention.csv", rows)
+    study = study_of([run], [])
+    estimate = evaluate.attention_on_border(study)
+    matched = np.mean(np.arange(len(picked)) % 3 == 0)
+    assert math.isclose(estimate.figure, 1 - matched) and math.isclose(estimate.control_value, matched)
+    assert "one baseline" in estimate.note
+    for change, word in (({"checkpoint": "abd"}, "another best.pt"), (None, "does not have all failures")):
+        utils.write_csv(run.folder / "attention.csv", [row | change for row in rows] if change else rows[:-2])
+        estimate, printed = quietly(evaluate.attention_on_border, study)
+        assert estimate.figure is None and word in printed, printed
+
+
+# ---- stress ----------------------------------------------------------------------------------------------------------
+
+
+def test_stress_attacks():
+    """No change at eps 0; within the ball and 0..255; PGD at least as strong as FGSM; stronger with eps."""
+    model = utils.load_model(chain()[0][0]).requires_grad_(False)
+    images, labels = data.load_synthetic(False)
+    images, labels = images[:200], labels[:200]
+    accuracy = {}
+    for steps, epsilon in itertools.product((1, 10), (0, 0.25, 2, 8)):
+        attacked = evaluate.attack(model, images, labels, epsilon, steps, contextlib.nullcontext)
+        assert (attacked - images.float()).abs().max() <= epsilon + 1e-4 and 0 <= attacked.min() and attacked.max() <= 255
+        preds = utils.predict(model, [data.normalize(attacked)]).argmax(1)
+        accuracy[steps, epsilon] = (preds == labels).float().mean().item()
+    clean = (utils.predict(model, [data.normalize(images)]).argmax(1) == labels).float().mean().item()
+    assert accuracy[1, 0] == accuracy[10, 0] == clean > 0.3
+    assert accuracy[10, 8] < accuracy[10, 2] < clean and accuracy[10, 8] <= accuracy[1, 8] + 0.01, accuracy
+
+
+def test_chain_stress():
+    runs = [copy_of_run("stressed", "*.png"), scratch() / "stressed too"]
+    shutil.copytree(chain()[0][1], runs[1], ignore=shutil.ignore_patterns("*.png"))
+    flags = [*map(str, runs), "--stress", "--stress-images", "100", "--device", "cpu"]
+    calls, corrupt = [], evaluate.corrupt
+
+    def interrupted(images, name, severity):
+        calls.append(name)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return corrupt(images, name, severity)
+
+    with replaced(evaluate, "corrupt", interrupted):
+        try:
+            quietly(evaluate.main, flags)
+        except KeyboardInterrupt:
+            pass
+        first = np.load(runs[0] / "stress_confidence.npy")
+        assert np.isfinite(first[:4]).all() and np.isnan(first[4:]).all()  # clean and three corruptions
+        _, printed = quietly(evaluate.main, flags)
+        assert len(calls) == 4 + 57 + 60  # what was complete is not measured again
+        assert (np.load(runs[0] / "stress_confidence.npy")[:4] == first[:4]).all()
+        rows = read_csv(runs[1] / "stress.csv")
+        preds, labels = np.load(runs[1] / "stress_preds.npy"), np.load(runs[1] / "test_labels.npy")
+        index = [i for k in range(100) for i in np.flatnonzero(labels == k)[:1]]  # the first image of each class
+        for row, pred in zip(rows, preds):
+            assert row["accuracy"] and abs(float(row["accuracy"]) - (pred == labels[sorted(index)]).mean()) < 1e-5, row
+        own = [row["accuracy"] for row in read_csv(runs[0] / "stress.csv") if row["kind"] == "transfer"]
+        assert own == [""] * 4 and (runs[1] / "stress.png").exists()
+        assert max(map(len, printed.splitlines())) <= 79, max(printed.splitlines(), key=len)
+        with replaced(evaluate, "StressTest", None):  # later calls show it from the files
+            again = quietly(evaluate.main, flags[:2])[1]
+        assert "stress, in %" in again and "more accurate under corruption        -" not in again
+        claims = {c["claim"]: c for c in json.loads((runs[1] / "verdict.json").read_text())["claims"]}
+        assert claims["more accurate under corruption"]["figure"] is not None
+        shutil.copy(chain()[0][1] / "best.pt", runs[0] / "best.pt")
+        assert "another best.pt" in quietly(evaluate.main, [str(runs[0])])[1]
+    refused(evaluate.main, [runs[1], "--stress-images", "150"], 2, "multiple of 100")
+    refused(evaluate.main, [runs[1], "--cifar-c", "nowhere"], 2, "--cifar-c nowhere")
+    folder = scratch() / "cifar-c"
+    folder.mkdir()
+    refused(evaluate.main, [*flags, "--cifar-c", folder], 2, "labels.npy", "zenodo")
+    np.save(folder / "labels.npy", np.zeros(50_000, np.uint8))
+    refused(evaluate.main, [*flags, "--cifar-c", folder], 2, "other labels")
+    np.save(folder / "labels.npy", np.tile(labels, 5))
+    np.save(folder / "gaussian_noise.npy", np.zeros((5, 32, 32, 3), np.uint8))
+    refused(evaluate.main, [*flags, "--cifar-c", folder], 2, "gaussian_noise.npy")
+
+
+# ---- evaluate.py in the chain ----------------------------------------------------------------------------------------
+
+
+def test_chain_evaluate_writes_what_it_says():
+    for run_dir in chain()[0]:
+        metrics = json.loads((run_dir / "metrics.json").read_text())
+        logits, labels = np.load(run_dir / "test_logits.npy"), np.load(run_dir / "test_labels.npy")
+        assert logits.shape == (10_000, 100) and logits.dtype == np.float32 and labels.dtype == np.int64
+        assert (labels == data.load_synthetic(False)[1].numpy()).all()  # row i is test image i
+        assert abs(metrics["accuracy"] - (logits.argmax(1) == labels).mean()) < 1e-6 and metrics["accuracy"] > 0.05
+        low, high = metrics["ci95"]["accuracy"]
+        assert low < metrics["accuracy"] < high and "ece" not in metrics["ci95"]
+        confusion = np.load(run_dir / "confusion.npy")
+        assert abs(np.trace(confusion) / confusion.sum() - metrics["accuracy"]) < 1e-6
+        rows = read_csv(run_dir / "per_class.csv")
+        assert len(rows) == 100 and abs(np.mean([float(row["accuracy"]) for row in rows]) - metrics["macro_recall"]) < 1e-5
+        for name in ("confusion.png", "per_class.png", "reliability.png"):
+            assert (run_dir / name).stat().st_size > 10_000
+    text = (chain()[0][1] / "verdict.json").read_text()
+    claims = json.loads(text)["claims"]
+    assert "NaN" not in text and set(claims[0]) == {"claim", "figure", "ci95", "word", "control", "control_value"}
+    printed = chain()[1][2]
+    assert "SYNTHETIC" in printed and max(map(len, printed.splitlines())) <= 79, max(printed.splitlines(), key=len)
+
+
+def test_chain_evaluates_again_without_checkpoint_and_data():
+    run_dir = copy_of_run("logits only", "*.pt", "*.png", "failures.csv")
+    for name in ("test_logits.npy", "val_logits.npy"):
+        utils.write_npy(run_dir / name, np.load(run_dir / name).astype(np.float16))
+    checkpoint = utils.checkpoint_id(run_dir)
+    utils.write_json(run_dir / "metrics.json", {"sha256": {"best.pt": checkpoint}})
+    before = json.loads((chain()[0][0] / "metrics.json").read_text())
+    with replaced(evaluate, "load_dataset", None):  # any use of it would raise
+        metrics = quietly(evaluate.main, [str(run_dir)])[0][str(run_dir)]
+        assert abs(metrics["accuracy"] - before["accuracy"]) < 0.001 and (run_dir / "confusion.png").exists()
+        assert utils.checkpoint_id(run_dir) == checkpoint
+        times = {path: path.stat().st_mtime_ns for path in run_dir.iterdir()}
+        table = quietly(evaluate.main, [str(run_dir), "--markdown"])[1]
+    assert times == {path: path.stat().st_mtime_ns for path in run_dir.iterdir()}  # equal files are left alone
+    assert f"| logits only | {100 * metrics['accuracy']:.2f} [" in table
+
+
+def test_chain_evaluates_anew_when_the_checkpoint_has_changed():
+    run_dir = copy_of_run("changed", "last.pt", "*.png")
+    shutil.copy(chain()[0][1] / "best.pt", run_dir / "best.pt")
+    refused(failures.main, [run_dir], 2, "best.pt", "python evaluate.py")
+    with replaced(utils, "save_figure", lambda figure, path: None):
+        _, printed = quietly(evaluate.main, [str(run_dir)])
+    assert "logits of best.pt" in printed
+    assert (np.load(run_dir / "test_logits.npy") == np.load(chain()[0][1] / "test_logits.npy")).all()
+
+
+def test_chain_evaluate_passes_over_empty_folders_and_other_labels():
+    empty = scratch() / "empty run"
+    empty.mkdir()
+    refused(evaluate.main, [empty], 2, "python train.py")
+    others = copy_of_run("other labels", "*.pt", "*.png")
+    utils.write_npy(others / "test_labels.npy", (np.load(others / "test_labels.npy") + 1) % 100)
+    utils.write_json(others / "metrics.json", {"sha256": {}})
+    with replaced(utils, "save_figure", lambda figure, path: None):
+        _, printed = quietly(evaluate.main, [str(chain()[0][0]), str(empty), str(others)])
+    assert "empty run has no saved epoch" in printed and "other labels was scored on other images" in printed
+
+
+def test_chain_label_errors():
+    run_dir, path = chain()[0][0], scratch() / "mturk.json"
+    labels = np.load(run_dir / "test_labels.npy")
+    good = [{"id": i, "given_original_label": int(labels[i]), "mturk": {"given": i % 6}} for i in range(60)]
+    path.write_text(json.dumps(good))
+    _, printed = quietly(evaluate.main, [str(run_dir), "--label-errors", str(path)])
+    logits = np.load(run_dir / "test_logits.npy")
+    kept = np.setdiff1d(np.arange(10_000), [i for i in range(60) if i % 6 < 3])
+    assert f"{100 * (logits.argmax(1) == labels)[kept].mean():.2f} %" in printed and "30 test images" in printed
+    for content, word in (("[]", "audit"), ("{", "audit"), (json.dumps(good + good[:1]), "odd ids")):
+        path.write_text(content)
+        refused(evaluate.main, [run_dir, "--label-errors", path], 2, word)
+    path.write_text(json.dumps([good[0] | {"given_original_label": int(labels[0] + 1) % 100}]))
+    refused(evaluate.main, [run_dir, "--label-errors", path], 2, "other labels")
+
+
+def test_readme_tables_are_what_evaluate_prints():
+    """Every number of README's tables; and scoring the published runs again changes no published file."""
+    readme, results = (HERE / "README.md").read_text(), HERE / "results"
+    commands = re.findall(r"^python \.\./evaluate\.py (.*) --markdown$", readme, re.M)
+    if not results.exists() or not commands:
+        raise unittest.SkipTest("no published runs here")
+    work = scratch() / "results"
+    shutil.copytree(results, work)
+    before = {path: path.read_bytes() for path in work.rglob("*") if path.is_file()}
+    for command in commands:
+        runs = [str(run) for pattern in command.split() for run in sorted(work.glob(pattern))]
+        _, printed = quietly(evaluate.main, [*runs, "--markdown"])
+        shown = [line for line in printed.splitlines() if line.startswith("|")]
+        for text in [Path(run).name for run in runs] + [claim.text for claim in evaluate.CLAIMS]:
+            lines = [line for line in readme.splitlines() if line.startswith(f"| {text} |") and line.count("|") > 4]
+            assert lines and all(line in shown for line in lines), (text, lines)
+    assert {path: path.read_bytes() for path in before} == before
+
+
 # ---- failures --------------------------------------------------------------------------------------------------------
 
 
@@ -1752,7 +2188,7 @@ def test_gradcam_bad_images():
 
     files = scratch() / "images"
     files.mkdir(exist_ok=True)
-    Image.effect_noise((64, 64), 90).save(files / "good.png")
+    Image.effect_noise((64, 64), 90).save(files / "good.png", compress_level=0)
     good = (files / "good.png").read_bytes()
     flipped = bytearray(good)
     flipped[len(good) // 2] ^= 4
