@@ -396,7 +396,6 @@ def read_image(path):
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)  # above 89 million pixels
-            Image.open(path).verify()  # the CRC sums of a PNG, which loading skips
             file = Image.open(path)
             image = ImageOps.exif_transpose(file)  # of several frames, the first
         done = [f"first of {file.n_frames} frames"] if getattr(file, "n_frames", 1) > 1 else []
