@@ -1103,6 +1103,7 @@ def print_stress(runs, markdown):
         found = [s.accuracy("clean"), s.mean_confidence("clean"), s.accuracy("corruption"), s.mean_confidence("corruption")]
         table.append([run.name] + [cell(value, digits=1) for value in [*found, *groups, s.shift_changes]])
     print_table(["", "clean", "conf", "corrupt", "conf", *GROUPS, "shift"], table, markdown)
+    print()
     shown = [("fgsm", 1), ("fgsm", 8)] + [(kind, e) for kind in ("pgd", "transfer") for e in EPSILONS]
     shown = [(kind, e) for kind, e in shown if not all(math.isnan(run.stress.accuracy(kind, strength=e)) for run in runs)]
     heads = [f"{kind.replace('transfer', 'tr.')} {e:g}" for kind, e in shown]
@@ -1149,7 +1150,7 @@ def draw_confusion(path, run, names, title):
     from matplotlib.colors import LogNorm
 
     confusion = confusion_matrix(run.labels, run.raw.pred, NUM_CLASSES)
-    figure, (matrix, bars) = utils.new_figure(16, 9.5, 1, 2, width_ratios=[10, 6])
+    figure, (matrix, bars) = utils.new_figure(16, 11, 1, 2, width_ratios=[10, 6])
     order = np.argsort(SUPERCLASS_OF, kind="stable")
     shown = confusion[np.ix_(order, order)].astype(float)
     np.fill_diagonal(shown, np.nan)  # the hits would own the colour scale

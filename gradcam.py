@@ -396,10 +396,11 @@ def read_image(path):
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)  # above 89 million pixels
-            file = Image.open(path)
-            image = ImageOps.exif_transpose(file)  # of several frames, the first
-        done = [f"first of {file.n_frames} frames"] if getattr(file, "n_frames", 1) > 1 else []
-        done += ["turned upright by its EXIF tag"] if file.getexif().get(0x0112, 1) in range(2, 9) else []
+            with Image.open(path) as file:
+                image = ImageOps.exif_transpose(file)  # of several frames, the first
+                frames, turn = getattr(file, "n_frames", 1), file.getexif().get(0x0112, 1)
+        done = [f"first of {frames} frames"] if frames > 1 else []
+        done += ["turned upright by its EXIF tag"] if turn in range(2, 9) else []
         if image.mode.startswith(("I", "F")):  # 16-bit gray: convert() would clip it all to white
             values = np.asarray(image, np.float64)
             done.append(f"gray values {values.min():g}..{values.max():g} scaled to 0..255")
