@@ -257,7 +257,8 @@ def metrics(scores, labels, weights):
         "signed_gap": gap,  # above 0: more confident than right
         "confident_errors": s.failures,
     }
-    means = w @ np.stack(list(columns.values()), 1).astype(w.dtype) / n[:, None]
+    # float64: in float32 the order of the sums, which threads change, would show in the sixth digit
+    means = w.astype(np.float64) @ np.stack(list(columns.values()), 1).astype(np.float64) / n[:, None]
     found = dict(zip(columns, means.T))
     with np.errstate(invalid="ignore", divide="ignore"):
         found["errors_within_superclass"] = found["errors_within_superclass"] / (1 - found["accuracy"])
@@ -357,7 +358,7 @@ def weighted_mean(values, weights):
     """Means (R,) of values (N,) under weights (R, N); 0 where all weights are 0."""
     blocks = list(blocks_of(weights))
     totals = np.concatenate([block.sum(1) for block in blocks])
-    return np.concatenate([block @ values.astype(np.float32) for block in blocks]) / np.maximum(totals, 1e-9)
+    return np.concatenate([block.astype(np.float64) @ values for block in blocks]) / np.maximum(totals, 1e-9)
 
 
 def interval(draws):
@@ -899,7 +900,7 @@ class StressTest:
         self.index = np.sort(by_class[:, : args.stress_images // NUM_CLASSES].ravel())
         self.images, self.labels = images[self.index], labels[self.index]
         self.cifar_c = args.cifar_c and Path(args.cifar_c).expanduser()
-        self.source = "CIFAR-100-C" if args.cifar_c else "re-implemented"
+        self.source = "CIFAR-100-C" if args.cifar_c else "CIFAR-100-C style"
         self.baselines, self.device = baselines, device
         dtype, _ = utils.select_precision("auto", device)
         self.autocast = functools.partial(torch.autocast, device.type, dtype, enabled=dtype is not None)
@@ -1095,7 +1096,7 @@ def print_verdict(rows, markdown):
 
 def print_stress(runs, markdown):
     first = runs[0].stress
-    print(f"stress, in %: {len(first.index):,} test images, 12 of the 15 corruptions of CIFAR-100-C ({first.source})")
+    print(f"stress, in %: {len(first.index):,} test images, 12 of 15 corruptions, {first.source}")
     table = []
     for run in runs:
         s = run.stress

@@ -219,7 +219,7 @@ def test_model_learns_a_few_images():
         model = make_model(name, width=width)
         optimizer = train.make_optimizer(model, 0.01 if adamw else 0.05, 0.9, 0.0, adamw=adamw)
         images, labels = torch.randn(20, 3, 1, 1).expand(20, 3, 32, 32).contiguous(), torch.arange(20)
-        for _ in range(40):
+        for _ in range(80):
             loss = F.cross_entropy(model(images), labels)
             optimizer.zero_grad()
             loss.backward()
