@@ -759,7 +759,7 @@ def read_attention(run):
     clear = run.raw.confidence > CONFIDENT + 0.001  # a published run's float16 may cross the threshold
     wanted = set(np.flatnonzero(run.raw.failures & clear))
     again = f"python failures.py {utils.quote(run.folder)}, then {made_by}"
-    if any(row["checkpoint"] != (utils.checkpoint_id(run.folder) or "") for row in rows):
+    if {row["checkpoint"] for row in rows} - {utils.checkpoint_id(run.folder) or ""}:
         warn(f"{path} belongs to another best.pt and is left out; run {again}")
     elif not wanted <= {row["index"] for row in found["failure"].values()}:
         warn(f"{path} does not have all failures above {CONFIDENT} and is left out; run {again}")
@@ -821,6 +821,7 @@ class Stress:
     preds: np.ndarray  # (conditions, N) uint8
     confidence: np.ndarray  # (conditions, N) float32
     source: str  # of the corrupted images
+    checkpoint: str  # SHA-256 of the best.pt that was measured
 
     def rows(self, kind, name=None, strength=None):
         chosen = [
@@ -931,14 +932,19 @@ class StressTest:
         stress, shape = run.stress, (len(CONDITIONS), len(self.index))
         if stress is None or not np.array_equal(stress.index, self.index) or stress.source != self.source:
             preds, confidence = np.zeros(shape, np.uint8), np.full(shape, np.nan, np.float32)
-            run.stress = stress = Stress(self.index, self.labels.numpy(), preds, confidence, self.source)
+            checkpoint = utils.checkpoint_id(run.folder)
+            labels = self.labels.numpy()
+            run.stress = stress = Stress(self.index, labels, preds, confidence, self.source, checkpoint)
             (run.folder / "stress.csv").unlink(missing_ok=True)  # it tells what the arrays are, until now
-        model, victim = self.network(run), None
+        baseline = None
         if run not in self.baselines:  # it is shown images made against the baseline of its seed, else the first one
             same_seed = [base for base in self.baselines if base.seed == run.seed]
-            victim = self.network((same_seed or self.baselines)[0])
+            baseline = (same_seed or self.baselines)[0]
         todo = [k for k in range(len(CONDITIONS)) if np.isnan(stress.confidence[k, 0])]
-        todo = [k for k in todo if CONDITIONS[k][0] != "transfer" or victim]
+        todo = [k for k in todo if CONDITIONS[k][0] != "transfer" or baseline]
+        if not todo:  # as with a published run, whose best.pt is elsewhere
+            return
+        model, victim = self.network(run), self.network(baseline) if baseline else None
         costs = [COST.get(CONDITIONS[k][0], 1) for k in todo]
         progress, start = utils.Progress(), time.monotonic()
         for done, k in enumerate(todo):
@@ -956,14 +962,14 @@ class StressTest:
 
 def write_stress(run):
     """stress_preds.npy, stress_confidence.npy and stress.csv, the last one last: it tells what the arrays are."""
-    stress, rows = run.stress, []
+    stress, rows, checkpoint = run.stress, [], run.stress.checkpoint
     for k, (kind, name, strength) in enumerate(CONDITIONS):
         accuracy, confidence = (stress.preds[k] == stress.labels).mean(), stress.confidence[k].mean()
         if np.isnan(confidence):
             accuracy = confidence = ""
         rows.append({"kind": kind, "name": name, "strength": strength, "accuracy": accuracy})
         rows[-1] |= {"mean_confidence": confidence, "images": len(stress.index), "source": stress.source}
-        rows[-1] |= {"checkpoint": utils.checkpoint_id(run.folder)}
+        rows[-1] |= {"checkpoint": checkpoint}
     utils.write_npy(run.folder / "stress_preds.npy", stress.preds)
     utils.write_npy(run.folder / "stress_confidence.npy", stress.confidence)
     utils.write_csv(run.folder / "stress.csv", rows)
@@ -990,7 +996,7 @@ def read_stress(run):
         return utils.read_npy(run.folder / f"stress_{what}.npy", made_by, "stress results", check)
 
     preds, confidence = load("preds", "uint8"), load("confidence", "float32")
-    return Stress(index, run.labels[index], preds, confidence, rows[0]["source"])
+    return Stress(index, run.labels[index], preds, confidence, rows[0]["source"], rows[0]["checkpoint"])
 
 
 # ---- tables ---------------------------------------------------------------------------------------------
@@ -1460,8 +1466,8 @@ def main(argv=None):
         title = f"{what}: do the claims hold? {TITLES[dataset]}, {epochs} epochs, seeds {' against '.join(seeds)}"
         publish_verdict(study, title, args)
         both = [arm for arm in (arms[0], changed) if arm and all(run.stress for run in arm)]
-        if both:
-            folder = (changed or arms[0])[0].folder
+        folder = (changed or arms[0])[0].folder
+        if both and (args.stress or not (folder / "stress.png").exists()):
             draw_stress(folder / "stress.png", both, f"{TITLES[dataset]} under stress, {both[0][0].stress.source}")
     others = [utils.quote(arm[0].folder) for arm in arms[1:]] + [utils.quote(run.folder) for run in arms[0][1:]]
     compare = f" --compare {' '.join(others)}" if others else ""
