@@ -981,7 +981,7 @@ def read_stress(run):
     if not path.exists():
         return None
     rows = utils.read_csv(path, made_by, "stress results", {"images": int, "source": str, "checkpoint": str})
-    if rows[0]["checkpoint"] != (utils.checkpoint_id(run.folder) or ""):
+    if not rows or rows[0]["checkpoint"] != (utils.checkpoint_id(run.folder) or ""):
         warn(f"{path} belongs to another best.pt and is left out; run {made_by}")
         return None
     by_class = np.argsort(run.labels, kind="stable").reshape(NUM_CLASSES, -1)
@@ -1095,6 +1095,8 @@ def print_verdict(rows, markdown):
         if estimate.note:
             notes.setdefault(estimate.note, []).append(claim.text)
     print_table(["claim", "figure", "95 % interval", "control", "verdict"], table, markdown)
+    if any(estimate.control.startswith("highest target") for _, estimate, _, _ in rows):
+        print("fewer confident errors: by construction, no target is above the control")
     for note, texts in notes.items():
         which = f"{len(texts)} rows" if len(texts) > 2 else ", ".join(texts)
         print(textwrap.fill(f"not decided ({which}): {note}", 79, subsequent_indent="  "))

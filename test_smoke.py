@@ -1568,6 +1568,9 @@ def test_chain_stress():
         assert "stress, in %" in again and "more accurate under corruption        -" not in again
         claims = {c["claim"]: c for c in json.loads((runs[1] / "verdict.json").read_text())["claims"]}
         assert claims["more accurate under corruption"]["figure"] is not None
+        header = (runs[0] / "stress.csv").read_text().splitlines()[0]
+        (runs[1] / "stress.csv").write_text(header + "\n")  # cut short: left out with a word, no traceback
+        assert "left out" in quietly(evaluate.main, [str(runs[1])])[1]
         shutil.copy(chain()[0][1] / "best.pt", runs[0] / "best.pt")
         assert "another best.pt" in quietly(evaluate.main, [str(runs[0])])[1]
     refused(evaluate.main, [runs[1], "--stress-images", "150"], 2, "multiple of 100")
@@ -1895,9 +1898,6 @@ def test_failures_refuses():
     ):  # fmt: skip
         refused(failures.main, [run, *flags], 2, *words)
     assert not (run / "failures.csv").exists()
-# ---- on its own ----------------------------------------------------------------------------------------------------
-
-
 # ---- Grad-CAM --------------------------------------------------------------------------------------------------------
 
 
@@ -2761,9 +2761,6 @@ def test_places_publish():
     utils.write_json(run_dir / "config.json", config | {"finished": False})
     refused(publish, [run_dir, target], 2, "not finished", "--resume")
     refused(publish, [], 2, "RUN")
-# ---- on its own ----------------------------------------------------------------------------------------------------
-
-
 # ---- runner ----------------------------------------------------------------------------------------------------------
 
 
