@@ -1,7 +1,7 @@
 """Score trained runs on the CIFAR-100 test set, and judge what a change does.
 
     python evaluate.py runs/baseline                        # one run
-    python evaluate.py runs/baseline* runs/smoothing0.1*    # a verdict
+    python evaluate.py runs/baseline runs/baseline-seed43 runs/smoothing0.1 ...
     python evaluate.py runs/baseline runs/smoothing0.1 --stress
 
 Runs of one recipe differ in the seed alone. The first recipe is the baseline;
@@ -194,9 +194,9 @@ class Run:
     def seed(self):
         return self.config["args"].get("seed")
 
-    @property
-    def smoothing(self):
-        return self.config["args"].get("smoothing") or 0.0
+    @functools.cached_property
+    def confusion(self):
+        return confusion_matrix(self.labels, self.raw.pred, NUM_CLASSES)
 
     def measure(self, weights):
         """Fill draws: every metric in every resample of the test images."""
@@ -208,7 +208,7 @@ def read_run(run_dir, config):
     """The Run of a directory that has logits."""
     logits, labels = utils.load_logits(run_dir, "test")
     temperature = fit_temperature(*utils.load_logits(run_dir, "val"))
-    return Run(run_dir.name, config, logits, labels, temperature, folder=run_dir)
+    return Run(run_dir.resolve().name, config, logits, labels, temperature, folder=run_dir)
 
 
 def ensemble(runs):
@@ -356,9 +356,8 @@ def blocks_of(weights):
 
 def weighted_mean(values, weights):
     """Means (R,) of values (N,) under weights (R, N); 0 where all weights are 0."""
-    blocks = list(blocks_of(weights))
-    totals = np.concatenate([block.sum(1) for block in blocks])
-    return np.concatenate([block.astype(np.float64) @ values for block in blocks]) / np.maximum(totals, 1e-9)
+    sums = np.concatenate([block.astype(np.float64) @ values for block in blocks_of(weights)])
+    return sums / np.maximum(weights.sum(1), 1e-9)
 
 
 def interval(draws):
@@ -380,7 +379,7 @@ class Estimate:
     reference: float = 0.0  # the claim is about figure - reference
     dots: tuple = ((), ())  # the runs of each arm, on the scale of figure - reference
     unit: float = 100  # 100: points; 1: nats
-    control_unit: float | None = None  # None: the same; 1: a number
+    control_is_count: bool = False
     note: str = ""  # why it cannot be decided
 
 
@@ -401,7 +400,10 @@ class Arm:
 
     @property
     def image_noise(self):
-        """Variance of the mean that comes from each run's own noise on the images: the spread between runs has it too."""
+        """Variance of the mean due to the choice of images, each run on its own.
+
+        The spread between seeds contains it already, so with_noise takes it out.
+        """
         runs = len(self.values)
         return (self.draws - self.draws.mean(0)).var(1).sum() / (runs * (runs - 1)) if runs > 1 else 0.0
 
@@ -548,7 +550,7 @@ def over_confidence_falls(study):
 
 
 def calibration_improves(study):
-    """|mean confidence - accuracy| of a recipe. The absolute value comes last: of a noisy figure it would be a floor."""
+    """|mean confidence - accuracy| of a recipe. The absolute value comes last: run by run it cannot fall below its noise."""
     arms = study.metric("signed_gap")
     (before, before_draws), (after, after_draws) = (level(arm, arms, seed) for seed, arm in enumerate(arms))
     draws = np.abs(after_draws) - np.abs(before_draws)
@@ -563,8 +565,7 @@ def generalization_improves(study):
 
 def errors_stay_in_superclass(study):
     arms = study.metric("errors_within_superclass")
-    confusions = [confusion_matrix(run.labels, run.raw.pred, NUM_CLASSES) for run in study.baselines]
-    chance = float(np.mean([chance_within_superclass(confusion) for confusion in confusions]))
+    chance = float(np.mean([chance_within_superclass(run.confusion) for run in study.baselines]))
     figure, draws = level(arms[0], arms)
     control = f"chance; the figure is {figure / chance:.1f} times that"
     return Estimate(figure, draws, control, chance, reference=chance, dots=(arms[0].values - chance, ()))
@@ -581,7 +582,7 @@ def small_animals_are_worst(study):
     worst = [np.argsort(of_class, kind="stable")[:10] for of_class in hits]
     among = float(np.mean([np.isin(ten, SMALL_ANIMALS).sum() for ten in worst]))
     control = f"of the ten worst classes; {len(SMALL_ANIMALS) / 10:g} by chance"
-    return Estimate(figure, draws, control, among, dots=(arms[0].values, ()), control_unit=1)
+    return Estimate(figure, draws, control, among, dots=(arms[0].values, ()), control_is_count=True)
 
 
 def attention_on_border(study):
@@ -631,40 +632,33 @@ def worse_after_peak(column, sign, side):
             return undecided("needs the log.csv of two runs of the recipe")
         arm = arm_of([(value, np.zeros(RESAMPLES)) for value in values])
         figure, draws = level(arm, [arm])
-        about = {"unit": 100 if column == "val_acc" else 1, "control_unit": 1, "dots": (arm.values, ())}
+        about = {"unit": 100 if sign == 1 else 1, "control_is_count": True, "dots": (arm.values, ())}
         return Estimate(figure, draws, "epoch of the peak", float(np.mean(epochs)), **about)
 
     return statistic
 
 
 def accurate_under_corruption(study):
-    """Mean accuracy over 12 corruptions at 5 severities; control: the change on the same images, clean."""
-    clean = "change on clean images"
-    return stress_change(study, lambda s: s.correct("corruption"), clean, lambda s: s.correct("clean"))
+    """Mean accuracy over all corruptions and severities; control: the change on the same images, clean."""
+    return stress_change(study, ("corruption", None), "change on clean images", ("clean", None), ("clean", None))
 
 
 def accurate_under_attack(study):
     """Control: the change when both are shown the images made against a baseline (for baselines: their own)."""
-    def attacked(stress):
-        return stress.correct("pgd", strength=1)
-
-    def transferred(stress):
-        return stress.correct("transfer", strength=1)
-
-    return stress_change(study, attacked, "same, on the baseline's images", transferred, own=attacked)
+    return stress_change(study, ("pgd", 1), "same, on the baseline's images", ("pgd", 1), ("transfer", 1))
 
 
-def stress_change(study, measure, control, control_measure, own=None):
+def stress_change(study, condition, control, before, after):
+    """Change of the accuracy under a condition (kind, strength); control: from `before` in the baselines to `after`."""
     runs = study.baselines + study.changed
     found = [run.stress for run in runs]
     if None in found or len({(len(stress.index), stress.source) for stress in found}) > 1:
         return undecided("needs evaluate.py --stress on all runs, with the same images")
-    if any(np.isnan(measure(stress)).any() for stress in found):
-        return undecided("evaluate.py --stress was interrupted; the same command goes on with it")
-    weights = resample(runs[0].stress.labels, seed=1)
-    arms = study.mean(lambda run: measure(run.stress), weights)
-    before = np.mean([(own or control_measure)(run.stress).mean() for run in study.baselines])
-    after = np.mean([control_measure(run.stress).mean() for run in study.changed])
+    if any(np.isnan(stress.correct(*condition)).any() for stress in found):
+        return undecided("--stress was interrupted; run the same command to continue")
+    arms = study.mean(lambda run: run.stress.correct(*condition), resample(found[0].labels, seed=1))
+    before = np.mean([run.stress.accuracy(*before) for run in study.baselines])
+    after = np.mean([run.stress.accuracy(*after) for run in study.changed])
     return change(arms, control=control, control_value=float(after - before))
 
 
@@ -723,7 +717,7 @@ def judge(study, synthetic=False):
         ends = interval(estimate.draws)
         if ends is None or math.isnan(estimate.figure):
             estimate.figure, ends = None, None
-            estimate.note = estimate.note or "undefined: some resample has no such image"
+            estimate.note = estimate.note or "undefined: a resample contains none of the images it is about"
         elif min(map(len, arms)) < 2:
             estimate.note = "one run of a recipe: its seed may be the reason; train it with other seeds"
         word = "not decided"
@@ -738,19 +732,18 @@ def judge(study, synthetic=False):
 
 def read_curve(run, column):
     """A column of the run's log.csv, (epochs,) float64, or None."""
-    path = run.folder and run.folder / "log.csv"
-    if path is None or not path.exists():
-        if path:
-            warn(f"no {path}: the run is left out of the row on {column}")
+    path = run.folder / "log.csv"
+    if not path.exists():
+        warn(f"no {path}: the run is left out of the row on {column}")
         return None
     rows = utils.read_csv(path, "python train.py --resume", "the log of a run", {"epoch": int, column: float})
     return np.array([row[column] for row in rows])
 
 
 def read_attention(run):
-    """(failures, matched): the rows of gradcam.py's attention.csv on confident failures, in pairs; ([], []) without it."""
-    path, kinds = run.folder and run.folder / "attention.csv", {"pair": int, "index": int}
-    if path is None or not path.exists():
+    """(failures, matched): rows of gradcam.py's attention.csv on confident failures, in pairs; ([], []) without it."""
+    path, kinds = run.folder / "attention.csv", {"pair": int, "index": int}
+    if not path.exists():
         return [], []
     made_by = f"python gradcam.py {utils.quote(run.folder)}"
     kinds |= {name: float for name in ("confidence", "border_drop", "centre_drop")} | {"group": str, "checkpoint": str}
@@ -767,35 +760,6 @@ def read_attention(run):
         pairs = [k for k, row in found["failure"].items() if k in found["matched"] and row["index"] in wanted]
         return tuple([found[group][k] for k in pairs] for group in ("failure", "matched"))
     return [], []
-
-
-def read_label_errors(path):
-    """(index, given label, votes for it out of 5) of the audited test images, three (M,) integer arrays.
-
-    path: cifar100_mturk.json of github.com/cleanlab/label-errors, Northcutt et al., arXiv:2103.14749.
-    """
-
-    def parse(content):
-        entries = json.loads(content)
-        audit = [(e["id"], e["given_original_label"], e["mturk"]["given"]) for e in entries]
-        utils.require(all(type(x) is int for row in audit for x in row) and audit, "no votes in it")
-        index, given, votes = np.array(audit).T
-        utils.require(0 <= index.min() and index.max() < 10_000 and len(set(index)) == len(index), "odd ids")
-        return index, given, votes
-
-    made_by = "a download of cifar100_mturk.json from github.com/cleanlab/label-errors"
-    return utils.read(Path(path).expanduser(), parse, "the audit of CIFAR-100's labels", made_by)
-
-
-def print_label_errors(run, audit):
-    """How many confident failures people dispute, and the accuracy without the disputed images."""
-    index, given, votes = audit
-    if not np.array_equal(given, run.labels[index]):
-        raise ScriptError(f"the file of --label-errors was made for other labels than those of {run.folder}")
-    disputed = np.isin(np.arange(len(run.labels)), index[votes < 3])
-    failures, accuracy = run.raw.failures, run.raw.correct[~disputed].mean()
-    print(f"{run.name}: people dispute the labels of {(failures & disputed).sum()} of {failures.sum()} confident")
-    print(f"  failures, and of {disputed.sum()} test images in all; accuracy without those {100 * accuracy:.2f} %")
 
 
 # ---- stress ---------------------------------------------------------------------------------------------
@@ -822,26 +786,23 @@ class Stress:
     confidence: np.ndarray  # (conditions, N) float32
     source: str  # of the corrupted images
     checkpoint: str  # SHA-256 of the best.pt that was measured
+    victim: str = ""  # of the best.pt that the images of the transfer conditions were made against
 
-    def rows(self, kind, name=None, strength=None):
-        chosen = [
-            k
-            for k, condition in enumerate(CONDITIONS)
-            if condition[0] == kind and name in (None, condition[1]) and strength in (None, condition[2])
-        ]
-        return np.array(chosen)
+    def rows(self, kind, strength=None, name=None):
+        """Indices of the conditions of a kind, of all strengths and names if none is given."""
+        found = enumerate(CONDITIONS)
+        return [k for k, c in found if c[0] == kind and name in (None, c[1]) and strength in (None, c[2])]
 
-    def correct(self, *condition, **more):
-        """(N,): share of the chosen conditions under which an image is classified correctly; NaN if not measured."""
-        rows = self.rows(*condition, **more)
-        right = np.where(np.isnan(self.confidence[rows]), np.nan, self.preds[rows] == self.labels)
-        return right.mean(0)
+    def correct(self, kind, strength=None, name=None):
+        """(N,): share of these conditions under which an image is classified correctly; NaN if not measured."""
+        rows = self.rows(kind, strength, name)
+        return np.where(np.isnan(self.confidence[rows]), np.nan, self.preds[rows] == self.labels).mean(0)
 
-    def accuracy(self, *condition, **more):
-        return float(self.correct(*condition, **more).mean())
+    def accuracy(self, kind, strength=None, name=None):
+        return float(self.correct(kind, strength, name).mean())
 
-    def mean_confidence(self, *condition, **more):
-        return float(self.confidence[self.rows(*condition, **more)].mean())
+    def mean_confidence(self, kind, strength=None):
+        return float(self.confidence[self.rows(kind, strength)].mean())
 
     @property
     def shift_changes(self):
@@ -875,18 +836,26 @@ def attack(model, images, labels, epsilon, steps, autocast):
     return x.clamp(0, 255)
 
 
-def read_cifar_c(folder, name, severity, index, labels):
-    """Test images `index` of the authors' CIFAR-100-C, (N, 32, 32, 3) uint8: 10,000 per severity, one after the other."""
+class CifarC:
+    """The authors' CIFAR-100-C: 10,000 test images per severity, one after the other; labels.npy and a file each."""
+
     download = "a download of CIFAR-100-C (zenodo.org/records/3555552)"
 
-    def check(array, shape, dtype):
-        utils.require(array.shape == shape and array.dtype.kind == dtype, f"{array.dtype} {array.shape}")
+    def __init__(self, folder, index, labels):
+        self.folder, self.index = Path(folder).expanduser(), index
+        found = self.read("labels", (50_000,))
+        if not np.array_equal(found[:10_000][index], labels):
+            raise ScriptError(f"{self.folder / 'labels.npy'} has other labels than the test set; set --cifar-c")
 
-    found = utils.read_npy(folder / "labels.npy", download, "labels of 50,000 images", lambda a: check(a, (50_000,), a.dtype.kind))
-    if not np.array_equal(found[:10_000][index], labels):
-        raise ScriptError(f"{folder / 'labels.npy'} has other labels than the test set; point --cifar-c to CIFAR-100-C")
-    images = utils.read_npy(folder / f"{name}.npy", download, "images", lambda a: check(a, (50_000, 32, 32, 3), "u"))
-    return torch.from_numpy(images[(severity - 1) * 10_000 + index])
+    def read(self, name, shape):
+        def check(array):
+            utils.require(array.shape == shape and array.dtype.kind in "iu", f"{array.dtype} {array.shape}")
+
+        return utils.read_npy(self.folder / f"{name}.npy", self.download, f"integers {shape}", check)
+
+    def corrupt(self, images, name, severity):
+        """As data.corrupt, of these very test images."""
+        return torch.from_numpy(self.read(name, (50_000, 32, 32, 3))[(severity - 1) * 10_000 + self.index])
 
 
 class StressTest:
@@ -900,8 +869,9 @@ class StressTest:
         by_class = np.argsort(runs[0].labels, kind="stable").reshape(NUM_CLASSES, -1)
         self.index = np.sort(by_class[:, : args.stress_images // NUM_CLASSES].ravel())
         self.images, self.labels = images[self.index], labels[self.index]
-        self.cifar_c = args.cifar_c and Path(args.cifar_c).expanduser()
-        self.source = "CIFAR-100-C" if args.cifar_c else "CIFAR-100-C style"
+        self.corrupt, self.source = corrupt, "CIFAR-100-C style"
+        if args.cifar_c:
+            self.corrupt, self.source = CifarC(args.cifar_c, self.index, self.labels.numpy()).corrupt, "CIFAR-100-C"
         self.baselines, self.device = baselines, device
         dtype, _ = utils.select_precision("auto", device)
         self.autocast = functools.partial(torch.autocast, device.type, dtype, enabled=dtype is not None)
@@ -913,10 +883,8 @@ class StressTest:
     def batches(self, kind, name, strength, attacked):
         """The images of a condition, (B, 32, 32, 3) in 0..255 on the device, 250 at a time."""
         images = self.images
-        if kind == "corruption" and self.cifar_c:
-            images = read_cifar_c(self.cifar_c, name, strength, self.index, self.labels.numpy())
-        elif kind == "corruption":
-            images = corrupt(images, name, strength)
+        if kind == "corruption":
+            images = self.corrupt(images, name, strength)
         elif kind == "shift":
             dy, dx = map(int, name.split())
             padded = F.pad(images, (0, 0, 1, 1, 1, 1))  # black, as in the training's crops
@@ -929,17 +897,22 @@ class StressTest:
 
     def measure(self, run):
         """Measure what run.stress lacks, saving after every condition: an interrupted test goes on from there."""
-        stress, shape = run.stress, (len(CONDITIONS), len(self.index))
-        if stress is None or not np.array_equal(stress.index, self.index) or stress.source != self.source:
+        if run.stress is None:
+            shape = (len(CONDITIONS), len(self.index))
             preds, confidence = np.zeros(shape, np.uint8), np.full(shape, np.nan, np.float32)
-            checkpoint = utils.checkpoint_id(run.folder)
-            labels = self.labels.numpy()
-            run.stress = stress = Stress(self.index, labels, preds, confidence, self.source, checkpoint)
-            (run.folder / "stress.csv").unlink(missing_ok=True)  # it tells what the arrays are, until now
-        baseline = None
+            about = self.source, utils.checkpoint_id(run.folder)
+            run.stress = Stress(self.index, self.labels.numpy(), preds, confidence, *about)
+            (run.folder / "stress.csv").unlink(missing_ok=True)  # it says what the arrays are, and they come first
+        stress, baseline = run.stress, None
+        if not np.array_equal(stress.index, self.index) or stress.source != self.source:
+            found = f"{run.folder} has stress results on {len(stress.index)} images, {stress.source}"
+            raise ScriptError(f"{found}; give the same --stress-images and --cifar-c, or --refresh")
         if run not in self.baselines:  # it is shown images made against the baseline of its seed, else the first one
             same_seed = [base for base in self.baselines if base.seed == run.seed]
             baseline = (same_seed or self.baselines)[0]
+            if stress.victim != utils.checkpoint_id(baseline.folder):
+                stress.victim = utils.checkpoint_id(baseline.folder)
+                stress.confidence[stress.rows("transfer")] = np.nan
         todo = [k for k in range(len(CONDITIONS)) if np.isnan(stress.confidence[k, 0])]
         todo = [k for k in todo if CONDITIONS[k][0] != "transfer" or baseline]
         if not todo:  # as with a published run, whose best.pt is elsewhere
@@ -961,15 +934,15 @@ class StressTest:
 
 
 def write_stress(run):
-    """stress_preds.npy, stress_confidence.npy and stress.csv, the last one last: it tells what the arrays are."""
-    stress, rows, checkpoint = run.stress, [], run.stress.checkpoint
+    """stress_preds.npy, stress_confidence.npy, and last stress.csv, which says what these arrays are."""
+    stress, rows = run.stress, []
     for k, (kind, name, strength) in enumerate(CONDITIONS):
         accuracy, confidence = (stress.preds[k] == stress.labels).mean(), stress.confidence[k].mean()
         if np.isnan(confidence):
             accuracy = confidence = ""
-        rows.append({"kind": kind, "name": name, "strength": strength, "accuracy": accuracy})
-        rows[-1] |= {"mean_confidence": confidence, "images": len(stress.index), "source": stress.source}
-        rows[-1] |= {"checkpoint": checkpoint}
+        row = {"kind": kind, "name": name, "strength": strength, "accuracy": accuracy, "mean_confidence": confidence}
+        row |= {"images": len(stress.index), "source": stress.source, "checkpoint": stress.checkpoint}
+        rows.append(row | {"victim": stress.victim if kind == "transfer" else ""})
     utils.write_npy(run.folder / "stress_preds.npy", stress.preds)
     utils.write_npy(run.folder / "stress_confidence.npy", stress.confidence)
     utils.write_csv(run.folder / "stress.csv", rows)
@@ -980,7 +953,8 @@ def read_stress(run):
     path, made_by = run.folder / "stress.csv", f"python evaluate.py {utils.quote(run.folder)} --stress --refresh"
     if not path.exists():
         return None
-    rows = utils.read_csv(path, made_by, "stress results", {"images": int, "source": str, "checkpoint": str})
+    kinds = {"images": int, "source": str, "checkpoint": str, "victim": str}
+    rows = utils.read_csv(path, made_by, "stress results", kinds)
     if not rows or rows[0]["checkpoint"] != (utils.checkpoint_id(run.folder) or ""):
         warn(f"{path} belongs to another best.pt and is left out; run {made_by}")
         return None
@@ -996,14 +970,15 @@ def read_stress(run):
         return utils.read_npy(run.folder / f"stress_{what}.npy", made_by, "stress results", check)
 
     preds, confidence = load("preds", "uint8"), load("confidence", "float32")
-    return Stress(index, run.labels[index], preds, confidence, rows[0]["source"], rows[0]["checkpoint"])
+    about = rows[0]["source"], rows[0]["checkpoint"], rows[-1]["victim"]  # the last condition is a transfer
+    return Stress(index, run.labels[index], preds, confidence, *about)
 
 
 # ---- tables ---------------------------------------------------------------------------------------------
 
 
 def print_table(header, rows, markdown=False):
-    """Rows of text under a header; the first column is the name of the row, on a line of its own if there is no room."""
+    """Rows of text under a header. The first column names the row, on a line of its own where there is no room."""
     if markdown:
         for cells in [header, ["---"] * len(header), *rows]:
             print("| " + " | ".join(cells) + " |")
@@ -1078,8 +1053,7 @@ def print_details(run, names):
     print(f"\n{'ten worst classes':<38} ten best, accuracy in % [95 %]")
     for worst, best in zip(cells[:10], cells[:-11:-1]):
         print(f"  {worst:<36} {best}")
-    confusion = confusion_matrix(run.labels, run.raw.pred, NUM_CLASSES)
-    pairs = [f"{names[i]}/{names[j]} {errors}" for i, j, errors in confused_pairs(confusion, 5)]
+    pairs = [f"{names[i]}/{names[j]} {errors}" for i, j, errors in confused_pairs(run.confusion, 5)]
     print(textwrap.fill("most confused: " + ", ".join(pairs), 79, subsequent_indent="  "))
 
 
@@ -1088,9 +1062,9 @@ def print_verdict(rows, markdown):
     table, notes = [], {}
     for claim, estimate, ends, word in rows:
         digits = 2 if estimate.unit == 100 else 3
-        figure = cell(estimate.figure, estimate.unit, digits)
-        control_unit = estimate.control_unit or estimate.unit
-        control = cell(estimate.control_value, control_unit, 2 if control_unit == 100 else 3 if estimate.control_unit is None else 1)
+        figure, control = [cell(x, estimate.unit, digits) for x in (estimate.figure, estimate.control_value)]
+        if estimate.control_is_count:
+            control = cell(estimate.control_value, 1, 1)
         table.append([claim.text, figure, ends_cell(ends, estimate.unit, digits), control, word])
         if estimate.note:
             notes.setdefault(estimate.note, []).append(claim.text)
@@ -1104,19 +1078,19 @@ def print_verdict(rows, markdown):
 
 def print_stress(runs, markdown):
     first = runs[0].stress
-    print(f"stress, in %: {len(first.index):,} test images, 12 of 15 corruptions, {first.source}")
+    print(f"stress, in %: {len(first.index):,} test images, {len(CORRUPTIONS)} corruptions, {first.source}")
     table = []
     for run in runs:
         s = run.stress
-        groups = [np.mean([s.accuracy("corruption", name) for name in names]) for names in GROUPS.values()]
-        found = [s.accuracy("clean"), s.mean_confidence("clean"), s.accuracy("corruption"), s.mean_confidence("corruption")]
+        groups = [np.mean([s.accuracy("corruption", name=name) for name in names]) for names in GROUPS.values()]
+        found = [of(kind) for kind in ("clean", "corruption") for of in (s.accuracy, s.mean_confidence)]
         table.append([run.name] + [cell(value, digits=1) for value in [*found, *groups, s.shift_changes]])
     print_table(["", "clean", "conf", "corrupt", "conf", *GROUPS, "shift"], table, markdown)
     print()
     shown = [("fgsm", 1), ("fgsm", 8)] + [(kind, e) for kind in ("pgd", "transfer") for e in EPSILONS]
-    shown = [(kind, e) for kind, e in shown if not all(math.isnan(run.stress.accuracy(kind, strength=e)) for run in runs)]
+    shown = [(kind, e) for kind, e in shown if not all(math.isnan(run.stress.accuracy(kind, e)) for run in runs)]
     heads = [f"{kind.replace('transfer', 'tr.')} {e:g}" for kind, e in shown]
-    table = [[run.name] + [cell(run.stress.accuracy(kind, strength=e), digits=1) for kind, e in shown] for run in runs]
+    table = [[run.name] + [cell(run.stress.accuracy(kind, e), digits=1) for kind, e in shown] for run in runs]
     print_table(["accuracy at eps in 1/255", *heads], table, markdown)
 
 
@@ -1132,7 +1106,7 @@ def confused_pairs(confusion, count=20):
 
 def per_class_rows(run, names):
     """One dict per class, in label order: what per_class.csv holds."""
-    confusion = confusion_matrix(run.labels, run.raw.pred, NUM_CLASSES)
+    confusion = run.confusion
     hits, images, predicted = np.diag(confusion), confusion.sum(1), confusion.sum(0)
     errors = confusion - np.diag(hits)
     low, high = utils.wilson_interval(hits, np.maximum(images, 1))
@@ -1158,10 +1132,9 @@ def per_class_rows(run, names):
 def draw_confusion(path, run, names, title):
     from matplotlib.colors import LogNorm
 
-    confusion = confusion_matrix(run.labels, run.raw.pred, NUM_CLASSES)
     figure, (matrix, bars) = utils.new_figure(16, 11, 1, 2, width_ratios=[10, 6])
     order = np.argsort(SUPERCLASS_OF, kind="stable")
-    shown = confusion[np.ix_(order, order)].astype(float)
+    shown = run.confusion[np.ix_(order, order)].astype(float)
     np.fill_diagonal(shown, np.nan)  # the hits would own the colour scale
     shown[shown == 0] = np.nan
     picture = matrix.imshow(shown, cmap="viridis", norm=LogNorm(1, max(2, np.nanmax(shown, initial=1))))
@@ -1174,12 +1147,14 @@ def draw_confusion(path, run, names, title):
         left, right = edge - 0.5, edge + 4.5
         matrix.plot([left, right, right, left, left], [left, left, right, right, left], color="black", linewidth=0.8)
     matrix.set(xlabel="predicted class", ylabel="true class", title="errors; frames: inside a superclass")
-    figure.colorbar(picture, ax=matrix, label="test images (logarithmic)", shrink=0.5, format="%d", ticks=[1, 2, 5, 10, 20, 50])
-    pairs = confused_pairs(confusion)[::-1]
+    ticks = [1, 2, 5, 10, 20, 50]
+    figure.colorbar(picture, ax=matrix, label="test images (logarithmic)", shrink=0.5, format="%d", ticks=ticks)
+    pairs = confused_pairs(run.confusion)[::-1]
     colors = [utils.BLUE if SUPERCLASS_OF[i] == SUPERCLASS_OF[j] else utils.VERMILION for i, j, _ in pairs]
     bars.barh([f"{names[i]} / {names[j]}" for i, j, _ in pairs], [errors for _, _, errors in pairs], color=colors)
     bars.margins(y=0.01)
-    bars.set(xlabel="errors, both ways together", title="most confused pairs\nblue: same superclass, vermilion: different")
+    bars.set_title("most confused pairs\nblue: same superclass, vermilion: different")
+    bars.set_xlabel("errors, both ways together")
     figure.suptitle(title)
     utils.save_figure(figure, path)
 
@@ -1200,7 +1175,7 @@ def draw_per_class(path, run, names, title):
     utils.save_figure(figure, path)
 
 
-def draw_reliability(path, run, title):
+def draw_reliability(path, run, names, title):
     """Accuracy against confidence in 15 bins, above the images in each; as trained and temperature-scaled."""
     figure, axes = utils.new_figure(9, 6.5, 2, 2, sharex=True, sharey="row", height_ratios=[3, 1])
     panels = (run.raw, "as trained", ""), (run.scaled, f"logits / {run.temperature:.3f}", "_scaled")
@@ -1226,25 +1201,22 @@ def draw_reliability(path, run, title):
 
 
 def write_run(run, args):
-    """Score a run: metrics.json, confusion.npy, per_class.csv and the pictures, which are drawn if the scores are new."""
+    """metrics.json, confusion.npy, per_class.csv and the pictures of a run, which are drawn if the scores are new."""
     folder, dataset = run.folder, run.config["dataset"]
-    metrics_of = {name: value for name, value in run.values.items()} | {"temperature": run.temperature}
-    no_interval = ("ece",)  # resampling inflates it
-    ci95 = {name: ends for name, d in run.draws.items() if name not in no_interval and (ends := interval(d))}
-    content = {"images": len(run.labels)} | metrics_of | {"ci95": ci95}
+    ci95 = {name: ends for name, draws in run.draws.items() if (ends := interval(draws))}
+    del ci95["ece"]  # resampling inflates it
+    content = {"images": len(run.labels)} | run.values | {"temperature": run.temperature, "ci95": ci95}
     content["sha256"] = checksums(folder)
     new = utils.write_json(folder / "metrics.json", content)
     names = class_names(dataset)
-    utils.write_npy(folder / "confusion.npy", confusion_matrix(run.labels, run.raw.pred, NUM_CLASSES))
+    utils.write_npy(folder / "confusion.npy", run.confusion)
     utils.write_csv(folder / "per_class.csv", per_class_rows(run, names))
     title = f"{run.name}: {len(run.labels):,} test images of {TITLES[dataset]}"
-    draw = {"confusion.png": lambda path: draw_confusion(path, run, names, title)}
-    draw["per_class.png"] = lambda path: draw_per_class(path, run, names, title)
-    draw["reliability.png"] = lambda path: draw_reliability(path, run, title)
     published = not (folder / "best.pt").exists()  # it keeps the pictures that it came with
-    for name, function in draw.items():
-        if new or args.refresh or not (published or (folder / name).exists()):
-            function(folder / name)
+    for name, draw in (("confusion", draw_confusion), ("per_class", draw_per_class), ("reliability", draw_reliability)):
+        path = folder / f"{name}.png"
+        if new or args.refresh or not (published or path.exists()):
+            draw(path, run, names, title)
 
 
 # ---- pictures of a study --------------------------------------------------------------------------------
@@ -1253,7 +1225,7 @@ WORD_COLORS = {"supported": utils.BLUE, "contradicted": utils.VERMILION, "not de
 
 
 def draw_verdict(path, rows, title):
-    """A line per claim, each on a scale of its own: the runs as small dots, the figure with its interval, the verdict."""
+    """A line per claim, each on a scale of its own: the runs as small dots, figure with interval, verdict."""
     figure, axes = utils.new_figure(12, 1.6 + 0.46 * len(rows))
     axes.set(xlim=(-3.6, 4.6), ylim=(len(rows) - 0.4, -1.3))
     axes.axis("off")
@@ -1290,7 +1262,7 @@ def draw_stress(path, arms, title):
     """Accuracy by corruption; accuracy and confidence against severity; accuracy under attack."""
     figure, (left, middle, right) = utils.new_figure(15, 5, 1, 3)
     base = arms[0][0].stress
-    names = sorted(CORRUPTIONS, key=lambda name: base.accuracy("corruption", name))
+    names = sorted(CORRUPTIONS, key=lambda name: base.accuracy("corruption", name=name))
     for arm, color in zip(arms, (utils.BLUE, utils.VERMILION, utils.GRAY)):
         label, found = arm[0].name, [run.stress for run in arm]
 
@@ -1298,24 +1270,22 @@ def draw_stress(path, arms, title):
             return 100 * np.mean([function(stress) for stress in found])
 
         for k, stress in enumerate(found):
-            values = [100 * stress.accuracy("corruption", name) for name in names]
-            left.plot(values, range(12), "o", color=color, markersize=4, label=label if k == 0 else None)
+            values = [100 * stress.accuracy("corruption", name=name) for name in names]
+            left.plot(values, range(len(names)), "o", color=color, markersize=4, label=label if k == 0 else None)
         left.axvline(mean(lambda s: s.accuracy("clean")), color=color, linewidth=0.8)
-        severities = range(6)
-        accuracy = [mean(lambda s: s.accuracy("clean"))]
-        confidence = [mean(lambda s: s.mean_confidence("clean"))]
-        for severity in severities[1:]:
-            accuracy.append(mean(lambda s: s.accuracy("corruption", strength=severity)))
-            confidence.append(mean(lambda s: s.mean_confidence("corruption", strength=severity)))
+        severities = range(6)  # 0: clean
+        points = [("clean", None)] + [("corruption", severity) for severity in severities[1:]]
+        accuracy = [mean(lambda s: s.accuracy(*point)) for point in points]
+        confidence = [mean(lambda s: s.mean_confidence(*point)) for point in points]
         middle.plot(severities, accuracy, "-o", color=color, markersize=4, label=f"{label}: accuracy")
         middle.plot(severities, confidence, "--", color=color, label=f"{label}: mean confidence")
         middle.fill_between(severities, accuracy, confidence, color=color, alpha=0.12)
         for attack_name, style in (("pgd", "-o"), ("fgsm", ":"), ("transfer", "--")):
-            values = [mean(lambda s: s.accuracy(attack_name, strength=epsilon)) for epsilon in EPSILONS]
+            values = [mean(lambda s: s.accuracy(attack_name, epsilon)) for epsilon in EPSILONS]
             if not np.isnan(values).any():
                 what = "made against the baseline" if attack_name == "transfer" else attack_name.upper()
                 right.plot(EPSILONS, values, style, color=color, markersize=4, label=f"{label}: {what}")
-    left.set_yticks(range(12), [name.replace("_", " ") for name in names])
+    left.set_yticks(range(len(names)), [name.replace("_", " ") for name in names])
     left.set(xlabel="accuracy (%), mean of 5 severities; line: clean", xlim=(0, 100))
     middle.set(xlabel="severity of the corruption (0: clean)", ylabel="%", ylim=(0, 100))
     right.set(xlabel="largest change of a pixel, in 1/255", ylabel="accuracy (%)", ylim=(0, None), xscale="log")
@@ -1346,7 +1316,7 @@ def by_recipe(runs):
 
 
 def recipe_change(baselines, changed):
-    """What differs between two recipes, in words: "smoothing 0.1" or "cutmix 1.0, lr 0.1 (was 0.01)"."""
+    """What differs between two recipes, in words: "lr 0.1 (was 0.01), smoothing 0.1 (was 0.0)"."""
     before, after = utils.recipe(baselines[0].config), utils.recipe(changed[0].config)
     keys = [key for key in before | after if before.get(key) != after.get(key)]
     return ", ".join(f"{key} {after.get(key)} (was {before.get(key)})" for key in keys)
@@ -1392,7 +1362,6 @@ def parse_args(argv):
     add("--stress", action="store_true", help="also measure corruptions, attacks and shifts: minutes per run on a CPU")
     add("--stress-images", type=int, default=1000, metavar="N", help="test images for --stress, N/100 of each class")
     add("--cifar-c", metavar="FOLDER", help="for --stress, take the corrupted images from the authors' CIFAR-100-C")
-    add("--label-errors", metavar="FILE", help="people's votes on the labels: cifar100_mturk.json of cleanlab/label-errors")
     utils.add_common_flags(parser)
     args = parser.parse_args(argv)
     if args.stress_images % 100 or not 100 <= args.stress_images <= 10_000:
@@ -1405,7 +1374,6 @@ def parse_args(argv):
 def main(argv=None):
     """Evaluate the given runs; returns {run directory: {metric: value}}."""
     args = parse_args(argv)
-    audit = read_label_errors(args.label_errors) if args.label_errors else None
     folders = find_runs(args.runs)
     where = [utils.dataset_of(*folder, args) for folder in folders]
     stale = [(d / "best.pt").exists() and (args.refresh or known_checksums(d) != checksums(d)) for d, _ in folders]
@@ -1428,7 +1396,7 @@ def main(argv=None):
 
     dataset = runs[0].config["dataset"]
     table, uncertainty = [], []
-    for arm in [*arms, *([run] for run in runs if run not in comparable)]:
+    for arm in arms + [[run] for run in runs if not any(run in arm for arm in arms)]:
         for run in arm:
             table.append((run.name, run.values | {"temperature": run.temperature}, interval(run.draws["accuracy"])))
         if len(arm) > 1:
@@ -1442,9 +1410,6 @@ def main(argv=None):
         parts = [f"{what.replace('_', ' ')} {v[correct].mean():.3f} where right, {v[~correct].mean():.3f} where wrong"
                  for what, v in extra.items()]  # fmt: skip
         print(textwrap.fill(f"{name}: " + "; ".join(parts), 79, subsequent_indent="  "))
-    if audit:
-        for run in runs:
-            print_label_errors(run, audit)
     if len(runs) == 1:
         print_details(runs[0], class_names(dataset))
 

@@ -143,7 +143,7 @@ def read_csv(path):
     return list(csv.DictReader(io.StringIO(Path(path).read_text())))
 
 
-# ---- model -----------------------------------------------------------------------------------------------------------
+# ---- model ---------------------------------------------------------------------------------------------------------
 
 
 def test_model_resnets_equal_torchvision():
@@ -227,7 +227,7 @@ def test_model_learns_a_few_images():
         assert loss.item() < 0.05, (name, loss.item())
 
 
-# ---- train: the parts ------------------------------------------------------------------------------------------------
+# ---- train: the parts ----------------------------------------------------------------------------------------------
 
 
 def test_train_lr_schedule():
@@ -354,7 +354,7 @@ def test_train_mixing_is_torchvision_s_in_distribution():
     assert all(0 <= lam <= 1 for alpha in (1e-9, 100) for lam, _ in data.mix_plan(1, 1, 99, alpha))
 
 
-# ---- train: the run --------------------------------------------------------------------------------------------------
+# ---- train: the run ------------------------------------------------------------------------------------------------
 
 
 def tensors_and_log(run_dir):
@@ -662,7 +662,7 @@ def test_train_tells_a_cpu_user_of_quick():
     assert printed.getvalue().count("for a first look: python train.py --quick") == 1, printed.getvalue()
 
 
-# ---- train: devices, processes ---------------------------------------------------------------------------------------
+# ---- train: devices, processes -------------------------------------------------------------------------------------
 
 
 class Elsewhere(torch.Tensor):
@@ -1245,7 +1245,7 @@ def test_download_happens_once():
     assert len(asked) == 1 and [len(images) for images in found] == [20, 20] and printed.count("waiting") == 2
 
 
-# ---- metrics and intervals -------------------------------------------------------------------------------------------
+# ---- metrics and intervals -----------------------------------------------------------------------------------------
 
 
 def random_case(n=400, seed=0, spread=3.0):
@@ -1257,7 +1257,8 @@ def random_case(n=400, seed=0, spread=3.0):
 
 
 def run_of(logits, labels, seed=42, name="run", temperature=1.0, **args):
-    return evaluate.Run(name, {"args": {"seed": seed, **args}, "dataset": "synthetic"}, logits, labels, temperature)
+    config = {"args": {"seed": seed, **args}, "dataset": "synthetic"}
+    return evaluate.Run(name, config, logits, labels, temperature, folder=Path("nowhere"))
 
 
 def test_metrics_against_loops():
@@ -1356,7 +1357,7 @@ def test_metrics_ensemble_by_hand():
     assert (extra["disagreement"] == 0).all() and np.allclose(extra["mutual_information"], 0) and same.values["accuracy"] == 0.5
 
 
-# ---- the verdict -----------------------------------------------------------------------------------------------------
+# ---- the verdict ---------------------------------------------------------------------------------------------------
 
 
 def simulated_runs(labels, seeds, rng, images=0, better=0.0, sharper=1.0, kin=0.0):
@@ -1383,7 +1384,8 @@ def study_of(baselines, changed):
 
 def verdict_of(study, **options):
     with replaced(evaluate, "RESAMPLES", len(study.weights)):
-        return {claim.text: (estimate, ends, word) for claim, estimate, ends, word in evaluate.judge(study, **options)}
+        rows, _ = quietly(functools.partial(evaluate.judge, study, **options))
+    return {claim.text: (estimate, ends, word) for claim, estimate, ends, word in rows}
 
 
 def test_verdict_is_right_on_simulated_runs():
@@ -1514,7 +1516,7 @@ def test_verdict_reads_attention_of_this_checkpoint_only():
         assert estimate.figure is None and word in printed, printed
 
 
-# ---- stress ----------------------------------------------------------------------------------------------------------
+# ---- stress --------------------------------------------------------------------------------------------------------
 
 
 def test_stress_attacks():
@@ -1568,24 +1570,35 @@ def test_chain_stress():
         assert "stress, in %" in again and "more accurate under corruption        -" not in again
         claims = {c["claim"]: c for c in json.loads((runs[1] / "verdict.json").read_text())["claims"]}
         assert claims["more accurate under corruption"]["figure"] is not None
-        header = (runs[0] / "stress.csv").read_text().splitlines()[0]
-        (runs[1] / "stress.csv").write_text(header + "\n")  # cut short: left out with a word, no traceback
+        text = (runs[1] / "stress.csv").read_text()
+        (runs[1] / "stress.csv").write_text(text.splitlines()[0] + "\n")  # cut short: left out, no traceback
         assert "left out" in quietly(evaluate.main, [str(runs[1])])[1]
+        victim = utils.checkpoint_id(runs[0])
+        (runs[1] / "stress.csv").write_text(text.replace(victim, "0" * 64))  # made against another network
+        with replaced(evaluate, "corrupt", None):  # so only the transfer is measured again
+            quietly(evaluate.main, flags)
+        assert victim in text and (runs[1] / "stress.csv").read_text() == text
+        refused(evaluate.main, [runs[0], "--stress", "--stress-images", "200"], 2, "100 images", "--refresh")
         shutil.copy(chain()[0][1] / "best.pt", runs[0] / "best.pt")
         assert "another best.pt" in quietly(evaluate.main, [str(runs[0])])[1]
     refused(evaluate.main, [runs[1], "--stress-images", "150"], 2, "multiple of 100")
     refused(evaluate.main, [runs[1], "--cifar-c", "nowhere"], 2, "--cifar-c nowhere")
     folder = scratch() / "cifar-c"
     folder.mkdir()
-    refused(evaluate.main, [*flags, "--cifar-c", folder], 2, "labels.npy", "zenodo")
+    official = [runs[1], "--stress", "--stress-images", "100", "--device", "cpu", "--refresh", "--cifar-c", folder]
+    refused(evaluate.main, official, 2, "labels.npy", "zenodo")
     np.save(folder / "labels.npy", np.zeros(50_000, np.uint8))
-    refused(evaluate.main, [*flags, "--cifar-c", folder], 2, "other labels")
+    refused(evaluate.main, official, 2, "other labels")
     np.save(folder / "labels.npy", np.tile(labels, 5))
     np.save(folder / "gaussian_noise.npy", np.zeros((5, 32, 32, 3), np.uint8))
-    refused(evaluate.main, [*flags, "--cifar-c", folder], 2, "gaussian_noise.npy")
+    refused(evaluate.main, official, 2, "gaussian_noise.npy")
+    blocks = np.arange(50_000 * 4, dtype=np.uint32).view(np.uint8).reshape(50_000, 4, 4, 1)
+    np.save(folder / "fog.npy", np.broadcast_to(blocks.repeat(8, 1).repeat(8, 2), (50_000, 32, 32, 3)))
+    found = evaluate.CifarC(folder, np.array([3, 7]), labels[[3, 7]]).corrupt(None, "fog", 2)
+    assert (found[1, ::8, ::8, 0].numpy() == blocks[10_007, :, :, 0]).all()  # severity 2 starts at image 10,000
 
 
-# ---- evaluate.py in the chain ----------------------------------------------------------------------------------------
+# ---- evaluate.py in the chain --------------------------------------------------------------------------------------
 
 
 def test_chain_evaluate_writes_what_it_says():
@@ -1650,22 +1663,6 @@ def test_chain_evaluate_passes_over_empty_folders_and_other_labels():
     assert "empty run has no saved epoch" in printed and "other labels was scored on other images" in printed
 
 
-def test_chain_label_errors():
-    run_dir, path = chain()[0][0], scratch() / "mturk.json"
-    labels = np.load(run_dir / "test_labels.npy")
-    good = [{"id": i, "given_original_label": int(labels[i]), "mturk": {"given": i % 6}} for i in range(60)]
-    path.write_text(json.dumps(good))
-    _, printed = quietly(evaluate.main, [str(run_dir), "--label-errors", str(path)])
-    logits = np.load(run_dir / "test_logits.npy")
-    kept = np.setdiff1d(np.arange(10_000), [i for i in range(60) if i % 6 < 3])
-    assert f"{100 * (logits.argmax(1) == labels)[kept].mean():.2f} %" in printed and "30 test images" in printed
-    for content, word in (("[]", "audit"), ("{", "audit"), (json.dumps(good + good[:1]), "odd ids")):
-        path.write_text(content)
-        refused(evaluate.main, [run_dir, "--label-errors", path], 2, word)
-    path.write_text(json.dumps([good[0] | {"given_original_label": int(labels[0] + 1) % 100}]))
-    refused(evaluate.main, [run_dir, "--label-errors", path], 2, "other labels")
-
-
 def test_readme_tables_are_what_evaluate_prints():
     """Every number of README's tables; and scoring the published runs again changes no published file."""
     readme, results = (HERE / "README.md").read_text(), HERE / "results"
@@ -1686,7 +1683,7 @@ def test_readme_tables_are_what_evaluate_prints():
     assert {path: path.read_bytes() for path in before} == before
 
 
-# ---- failures --------------------------------------------------------------------------------------------------------
+# ---- failures ------------------------------------------------------------------------------------------------------
 
 
 def run_from(path, labels, logits, **args):
@@ -1898,7 +1895,7 @@ def test_failures_refuses():
     ):  # fmt: skip
         refused(failures.main, [run, *flags], 2, *words)
     assert not (run / "failures.csv").exists()
-# ---- Grad-CAM --------------------------------------------------------------------------------------------------------
+# ---- Grad-CAM ------------------------------------------------------------------------------------------------------
 
 
 def trained_like(name="resnet18", width=8):
@@ -2147,7 +2144,7 @@ def test_gradcam_attention_table_by_hand():
     assert mean == 12 and math.isclose(high - mean, 1.96 * np.std(range(25), ddof=1) / 5) and low == 24 - high
 
 
-# ---- pictures --------------------------------------------------------------------------------------------------------
+# ---- pictures ------------------------------------------------------------------------------------------------------
 
 
 def test_gradcam_reads_any_image():
@@ -2234,7 +2231,7 @@ def test_gradcam_pictures_show_what_they_say():
     assert f"asked: {names[7]}" in asked.axes[1].get_title() and "8x8 cells" in asked.get_suptitle()
 
 
-# ---- Grad-CAM in the chain -------------------------------------------------------------------------------------------
+# ---- Grad-CAM in the chain -----------------------------------------------------------------------------------------
 
 
 def explain(run_dir, *flags):
@@ -2400,7 +2397,7 @@ def test_chain_gradcam_without_failures_and_with_bad_ones():
     refused(gradcam.main, [run_dir], 2, "best.pt", f"python evaluate.py {run}")
 
 
-# ---- metrics of utils.py ---------------------------------------------------------------------------------------------
+# ---- metrics of utils.py -------------------------------------------------------------------------------------------
 
 
 def test_utils_macro_scores_by_hand():
@@ -2445,7 +2442,7 @@ def test_utils_wilson_interval_and_softmax():
     assert np.allclose(np.exp(utils.log_softmax(logits)), [[1 / 4, 3 / 4], [1 / 2, 1 / 2], [0, 1]])
 
 
-# ---- reading ---------------------------------------------------------------------------------------------------------
+# ---- reading -------------------------------------------------------------------------------------------------------
 
 
 def saved(content, save=torch.save, **options):
@@ -2609,7 +2606,7 @@ def test_bad_arguments():
     assert before == {path: path.stat().st_mtime_ns for path in scratch().rglob("*") if path.is_file()}
 
 
-# ---- places ----------------------------------------------------------------------------------------------------------
+# ---- places --------------------------------------------------------------------------------------------------------
 
 
 def test_places_errors_are_one_line_with_an_exit_status():
@@ -2761,7 +2758,7 @@ def test_places_publish():
     utils.write_json(run_dir / "config.json", config | {"finished": False})
     refused(publish, [run_dir, target], 2, "not finished", "--resume")
     refused(publish, [], 2, "RUN")
-# ---- runner ----------------------------------------------------------------------------------------------------------
+# ---- runner --------------------------------------------------------------------------------------------------------
 
 
 def main(patterns):
