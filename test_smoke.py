@@ -2480,7 +2480,7 @@ def test_bad_checkpoints():
         (saved(resnet18(width=4)), "asks to run"), (saved(state), "is not a checkpoint"), (saved([1, 2]), "is not a checkpoint"),
         (saved({"args": args, "format": 1, "epoch": 1}), "is not a checkpoint"), (saved(checkpoint | {"format": 2}), "another version"),
         (saved(checkpoint | {"args": None}), "is not a checkpoint"), (saved(checkpoint | {"args": args | {"width": 10**9}}), "width"),
-        (saved(checkpoint | {"args": args | {"dataset": "mnist"}}), "data set"), (saved(checkpoint | {"args": args | {"seed": -1}}), "sizes"),
+        (saved(checkpoint | {"args": args | {"dataset": "mnist"}}), "data set"), (saved(checkpoint | {"args": args | {"seed": -1}}), "odd seed"),
         (saved(checkpoint | {"args": args | {"model": "vgg"}}), "vgg"), (saved(checkpoint | {"model": {"fc.weight": 1}}), "no tensors"),
         (saved(checkpoint | {"model": ten}), "fc.weight"), (saved(checkpoint | {"model": {}}), "another network"),
         (saved(checkpoint | {"model": state | {"conv1.weight": torch.zeros(4, 3, 7, 7)}}), "conv1.weight"),
