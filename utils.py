@@ -237,7 +237,7 @@ def read(path, parse, what, made_by):
 
 
 def require(condition, reason):
-    """For parsers: ValueError(reason) unless the condition holds."""
+    """ValueError(reason) unless the condition holds."""
     if not condition:
         raise ValueError(reason)
 
@@ -529,8 +529,8 @@ def macro_scores(confusion):
     square.
     """
     confusion = np.asarray(confusion, np.float64)
-    if confusion.ndim != 2 or confusion.shape[0] != confusion.shape[1]:
-        raise ValueError(f"a confusion matrix is square, got shape {confusion.shape}")
+    square = confusion.ndim == 2 and confusion.shape[0] == confusion.shape[1]
+    require(square, f"a confusion matrix is square, got shape {confusion.shape}")
     return macro_scores_from_counts(np.diag(confusion), confusion.sum(1), confusion.sum(0))
 
 
