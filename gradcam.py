@@ -76,7 +76,8 @@ def grad_cam(model, images, targets, layer="layer4"):
     and leaves no hook and no gradient behind. One backward pass serves the batch, because in eval mode no
     image's logit depends on another image. Raises ValueError for an argument that cannot be right.
     """
-    module, saved = check_arguments(model, images, targets, layer), {}
+    module = check_arguments(model, images, targets, layer)
+    saved = {}
 
     def record(module, inputs, output):
         if not isinstance(output, torch.Tensor) or output.ndim != 4:
@@ -349,7 +350,7 @@ def points(rows):
 
 
 def attention_table(rows):
-    """attention.csv as text, at most 79 columns wide: means, and the difference within pairs with its interval."""
+    """attention.csv as text: means, and the mean difference within the pairs with its 95 % interval."""
     failed = [row for row in rows if row["group"] == "failure"]
     correct = [row for row in rows if row["group"] == "matched"]
     pairs = [(failed[row["pair"]], row) for row in correct]
@@ -542,8 +543,8 @@ def read_failures(run_dir, checkpoint):
     if any(row["checkpoint"] != checkpoint for row in rows):
         utils.checkpoint_id(run_dir)  # names evaluate.py if the logits, too, come from another best.pt
         raise ScriptError(f"{path} comes from another best.pt; run {made_by} again")
-    once = len({row["index"] for row in rows} & set(range(10_000))) == len(rows)  # each a test image
-    if not once or (rows and not any(row["representative"] for row in rows)):
+    index = {row["index"] for row in rows} & set(range(10_000))
+    if len(index) < len(rows) or (rows and not any(row["representative"] for row in rows)):
         raise ScriptError(f"{path} is not a list of failures; run {made_by} again")
     return rows
 
