@@ -355,7 +355,7 @@ def attention_table(rows):
     correct = [row for row in rows if row["group"] == "matched"]
     pairs = [(failed[row["pair"]], row) for row in correct]
     failures, matched, partners = points(failed), points(correct), points([first for first, _ in pairs])
-    lines = [f"{'mean, in percentage points':<36} failures  matched  difference"]
+    lines = [f"{'mean, in percentage points':<36} failures  matched  difference [95 %]"]
     for name in failures:
         difference, low, high = mean_interval(partners[name] - matched[name])
         interval = "" if math.isnan(low) else f" [{low:+.1f}, {high:+.1f}]"
@@ -417,6 +417,7 @@ def predict_image(model, path, names=CLASS_NAMES):
 
 
 def likeliest(model, pixels, names):
+    """As predict_image, for an image (32, 32, 3) uint8."""
     top = probabilities(model, torch.from_numpy(pixels)[None])[0].topk(5)
     return [(names[label], p) for p, label in zip(top.values.tolist(), top.indices.tolist())]
 

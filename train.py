@@ -252,18 +252,17 @@ def save_checkpoint(path, content):
 
 def write_log(run_dir, args, history, best_epoch, curves=True):
     """log.csv and curves.png. A failure only warns: a spreadsheet on Windows locks the file it shows."""
-    training = "training, augmented" + (", smoothed" if args.smoothing else "")
-    training += ", dominant label" if args.mixup or args.cutmix else ""
-    title = f"Training {MODELS[args.model]} on {TITLES[args.dataset]}: {run_dir.resolve().name}"
     try:
         utils.write_csv(run_dir / "log.csv", history)
         if curves:
-            draw_curves(run_dir / "curves.png", history, best_epoch, title, training)
+            draw_curves(run_dir, args, history, best_epoch)
     except ScriptError as error:
         utils.warn(str(error))
 
 
-def draw_curves(path, history, best_epoch, title, training):
+def draw_curves(run_dir, args, history, best_epoch):
+    training = "training, augmented" + (", smoothed" if args.smoothing else "")
+    training += ", dominant label" if args.mixup or args.cutmix else ""
     figure, (left, right) = utils.new_figure(10, 4, 1, 2)
     epochs, note = [row["epoch"] for row in history], f"best validation accuracy: epoch {best_epoch}"
     for axes, key, scale, label in (left, "loss", 1, "cross-entropy (nats)"), (right, "acc", 100, "accuracy (%)"):
@@ -275,8 +274,9 @@ def draw_curves(path, history, best_epoch, title, training):
         axes.set(xlabel="epoch", ylabel=label)
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.legend()
-    figure.suptitle(title)
-    utils.save_figure(figure, path)
+    name = run_dir.resolve().name  # of "." too
+    figure.suptitle(f"Training {MODELS[args.model]} on {TITLES[args.dataset]}: {name}")
+    utils.save_figure(figure, run_dir / "curves.png")
 
 
 # ---- what is printed ------------------------------------------------------------------------------------
