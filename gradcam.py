@@ -452,9 +452,7 @@ def explain(model, images, labels=None, target="predicted", layer="layer4", name
     return [dict(zip(columns, values)) for values in zip(*columns.values())], maps
 
 
-def picture(
-    model, images, labels=None, target="predicted", layer="layer4", names=CLASS_NAMES, captions=None, title=""
-):
+def picture(model, images, labels=None, target="predicted", layer="layer4", names=CLASS_NAMES, captions=None, title=""):
     """A matplotlib figure with a row per image: the image and, laid over it, the map for its target.
 
     If the label is another class: also the map for that, on the same scale, and the signed difference of the
