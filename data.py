@@ -30,7 +30,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from utils import Progress, ScriptError, duration, memory_format
+from utils import Progress, ScriptError, duration, lock, memory_format, require
 
 NUM_CLASSES = 100
 ARCHIVE_URL = "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz"
@@ -105,10 +105,8 @@ def find_cifar100(data_dir):
 def load_cifar100(data_dir="data", train=True, url=None):
     """images (N, 32, 32, 3) uint8 and labels (N,) int64; N is 50,000 if train, else 10,000.
 
-    Downloads the archive if find_cifar100 finds nothing.
-
-    data_dir: the folder that holds cifar-100-python, or that folder itself; it may be read-only if it is
-    complete. url: where to get the archive; any byte-identical copy will do, since MD5 sums are compared
+    data_dir: the folder that holds cifar-100-python, or that folder itself; it may be read-only. Without one
+    the archive is downloaded. url: where from; any byte-identical copy will do, since MD5 sums are compared
     before anything is unpacked or unpickled. Raises ScriptError, code 1 if the download fails, 2 if the files
     are not the official ones.
     """
@@ -136,9 +134,11 @@ def download(data_dir, url):
     folder = data_dir / "cifar-100-python"
     try:
         data_dir.mkdir(parents=True, exist_ok=True)
-        with open(data_dir / ".cifar-100-python.lock", "w") as lock:
-            wait_for(lock)
-            if folder.exists():  # the process that we waited for has fetched it
+        with open(data_dir / ".cifar-100-python.lock", "w") as file:
+            if not lock(file):
+                print("another process is downloading CIFAR-100; waiting for it", flush=True)
+                lock(file, wait=True)
+            if folder.exists():  # fetched by that process
                 return folder
             archive = tarfile.open(fileobj=io.BytesIO(fetch(url)))
             with tempfile.TemporaryDirectory(prefix=".cifar-100-", dir=data_dir) as partial:
@@ -151,20 +151,6 @@ def download(data_dir, url):
         reason = f"there is no cifar-100-python in {data_dir}, and none can be written to it ({error})"
         raise ScriptError(f"{reason}; use another --data-dir", code=1) from None
     return folder
-
-
-def wait_for(lock):
-    """Lock an open file once no other process does. The lock ends with its process, however that ends."""
-    try:
-        import fcntl
-
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print("another process is downloading CIFAR-100; waiting for it", flush=True)
-            fcntl.flock(lock, fcntl.LOCK_EX)
-    except (ImportError, OSError):
-        pass  # Windows, and some network drives, have no such locks
 
 
 def fetch(url):
@@ -223,9 +209,7 @@ def load_synthetic(train=True):
 
 
 def split_train_val(labels, val_size, seed):
-    """Sorted indices (train, val) with val_size / 100 validation images of every class.
-
-    A function of the seed alone.
+    """Sorted indices (train, val) with val_size / 100 validation images of every class, by the seed alone.
 
     labels: (N,) int64 with equally many of each class. val_size: a multiple of 100.
     """
@@ -350,14 +334,12 @@ def corrupt(images, name, severity, seed=0):
     photographs. The noise comes from the seed, the corruption, the severity and the image's place in the
     call, so image i gets the same whatever N is. Raises ValueError for a wrong argument.
     """
-    if name not in CORRUPTIONS:
-        raise ValueError(f"unknown corruption {name!r}; there are {', '.join(CORRUPTIONS)}")
-    if severity not in range(1, 6):
-        raise ValueError(f"severity {severity!r} is not one of 1, 2, 3, 4, 5")
+    require(name in CORRUPTIONS, f"unknown corruption {name!r}; there are {', '.join(CORRUPTIONS)}")
+    require(severity in range(1, 6), f"severity {severity!r} is not one of 1, 2, 3, 4, 5")
     dtype, shape = getattr(images, "dtype", ""), tuple(getattr(images, "shape", ()))
-    if dtype != torch.uint8 or shape[1:] != (32, 32, 3):
-        found = f"{type(images).__name__} {dtype} {shape}"
-        raise ValueError(f"images must be a uint8 tensor (N, 32, 32, 3), not {found}")
+    found = f"{type(images).__name__} {dtype} {shape}"
+    sound = dtype == torch.uint8 and shape[1:] == (32, 32, 3)
+    require(sound, f"images must be a uint8 tensor (N, 32, 32, 3), not {found}")
     corrupted = torch.empty_like(images)
     for start in range(0, len(images), 500):  # in blocks, to save memory
         block = images[start : start + 500].numpy()

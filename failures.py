@@ -75,13 +75,6 @@ def representative(failures, preds, labels, count):
     return chosen
 
 
-def outcome(label, pred, other_pred):
-    """What another run makes of a failure: one of OUTCOMES."""
-    if other_pred == label:
-        return "repaired"
-    return "same wrong class" if other_pred == pred else "new wrong class"
-
-
 def over_seeds(outcomes):
     """One of SEEDS, from a failure's outcomes in the control runs."""
     if set(outcomes) == {"same wrong class"}:
@@ -104,7 +97,8 @@ def make_rows(run, others, controls, failures, chosen, names):
             "representative": int(i in chosen),
         }
         for other in others:
-            row[f"{other.name}_outcome"] = outcome(label, pred, other.preds[i])
+            wrong = "same wrong class" if other.preds[i] == pred else "new wrong class"
+            row[f"{other.name}_outcome"] = "repaired" if other.correct[i] else wrong
             row[f"{other.name}_predicted"] = names[other.preds[i]]
             row[f"{other.name}_confidence"] = other.confidence[i]
             row[f"{other.name}_wrong_probability"] = other.probs[i, pred]
@@ -156,10 +150,10 @@ def print_fate(run, other, controls, failures, rows, threshold):
     say(f"wrong among the {covered:,} most confident images of each run: {mistakes}")
 
 
-def draw(path, images, rows, title, other=None):
+def draw(path, images, rows, title, other):
     """The representative failures, then, on a new row, the most confident others.
 
-    images: (N, 32, 32, 3) uint8. other: the name of a run whose predictions are shown, too.
+    images: (N, 32, 32, 3) uint8. other: the name of a run whose predictions are shown, too, or None.
     """
     title += "\norange: representative, evenly spread over the ranks; black: the most confident others"
     title += f"\nthere: what {other} predicts" if other else ""
@@ -203,8 +197,8 @@ def parse_args(argv):
 
 
 def read_runs(folders):
-    """Run objects, which must be different runs on the same images."""
-    opened = [utils.open_run(folder) for folder in folders]
+    """Run objects, which must be different runs on the same images; all but the first are only read."""
+    opened = [utils.open_run(folder, writable=i == 0) for i, folder in enumerate(folders)]
     if len({folder.resolve().name for folder, _ in opened}) < len(opened):
         raise ScriptError("RUN and --compare must be different runs, in folders with different names")
     first, *others = [Run(folder, config) for folder, config in opened]
@@ -216,10 +210,8 @@ def read_runs(folders):
 
 
 def command_that_finds_some(run, args):
-    """This command with a threshold that the ten most confident mistakes exceed, or None without mistakes."""
+    """This command with a threshold that the ten most confident mistakes exceed."""
     mistakes = run.failures(0)[:10]
-    if len(mistakes) == 0:
-        return None
     threshold = max(0, math.floor(100 * run.confidence[mistakes[-1]] - 1e-9)) / 100
     compare = ["--compare", *args.compare] if args.compare else []
     words = ["python", "failures.py", args.run, "--threshold", str(threshold), *compare]
@@ -244,9 +236,8 @@ def main(argv=None):
     data_flag = f" --data-dir {utils.quote(args.data_dir)}" if args.data_dir else ""
     if not rows:
         print(f"nothing to show; wrote an empty failures.csv to {run.folder}")
-        command = command_that_finds_some(run, args)
-        if command:
-            print(f"next: {command}{data_flag}")
+        if not run.correct.all():
+            print(f"next: {command_that_finds_some(run, args)}{data_flag}")
         return rows
 
     print("representative: evenly spread over the ranks, one per pair of classes")

@@ -9,13 +9,12 @@ Writes into the run directory:
                    maps for the predicted and the true class, their difference
     gradcam.csv    a row per image: sums of the signed maps for the target and
                    for the true class, the largest cell, the border's share
-    attention.csv  of the failures: a row for each, and one for a correct
-                   prediction that matches it in class and confidence.
-                   border_drop, centre_drop: the probability of the predicted
-                   class that is lost if that part is hidden.
-                   insertion_deletion: how well the map ranks the pixels;
-                   _shuffled, _other: how well its cells, shuffled, and the
-                   map of another image do
+    attention.csv  a row for each failure, and one for a correct prediction
+                   that matches it in class and confidence. border_drop,
+                   centre_drop: the probability of the predicted class that is
+                   lost if that part is hidden. insertion_deletion: how well
+                   the map ranks the pixels; _shuffled, _other: how well its
+                   cells, shuffled, and the map of another image do
     gradcam-photo.png  with --image photo.png, and nothing else
 
 In a notebook:
@@ -59,8 +58,6 @@ BORDER = 4  # pixels: the outermost ring, 448 of the 1,024 pixels
 STEPS = 16  # of deletion and insertion, 64 pixels each
 NEAR = 0.02  # in matching, a correct prediction of another class counts as this much further away
 FEWEST = 20  # pairs; fewer give no interval
-CENTRE, EDGE = "lost if the centre is hidden", "lost if the border is hidden"  # rows of attention_table
-GAP = "gap between these two"
 SANITY_LIMIT = 0.5  # our convention: maps more alike than this support no claim
 ATTENTION_LAYER = {"resnet18": "layer3", "resnet34": "layer3", "cct": "tokens"}  # of 8x8 cells
 FIGURES = ["border_energy", "border_drop", "centre_drop"]
@@ -114,8 +111,8 @@ def check_arguments(model, images, targets, layer):
     if not shaped or not images.is_floating_point() or (images.abs() > 10).any():
         how = "data.normalize makes them from uint8 (N, 32, 32, 3)"
         raise ValueError(f"images must be normalised floats (N, 3, H, W); {how}")
-    labels = isinstance(targets, torch.Tensor) and targets.dtype == torch.int64
-    if not labels or targets.shape != images.shape[:1]:
+    whole = isinstance(targets, torch.Tensor) and targets.dtype == torch.int64
+    if not whole or targets.shape != images.shape[:1]:
         raise ValueError("targets must be int64 (N,), a class for each image, such as torch.tensor([3])")
     modules = dict(model.named_modules())
     module = modules.get(layer, layer)
@@ -316,7 +313,7 @@ def measure_attention(model, layer, failures, test_set, logits, names, checkpoin
 
 def attention_of_before(path, failures, checkpoint):
     """The rows of attention.csv, or None if they belong to another best.pt or to other failures (n,)."""
-    columns = dict.fromkeys(["group", "predicted", "checkpoint"], str) | dict.fromkeys(["pair", "index"], int)
+    columns = {"pair": int, "group": str, "index": int, "predicted": str, "checkpoint": str}
     columns |= {name: lambda text: float(text or "nan") for name in ["confidence", *FIGURES]}
     try:
         rows = utils.read_csv(path, "python gradcam.py", "attention figures", columns)
@@ -337,14 +334,15 @@ def mean_interval(values):
 
 
 def points(rows):
-    """{what: (n,) in percentage points} for rows of attention.csv."""
+    """{what: (n,) in percentage points} for n rows of attention.csv."""
     value = {name: 100 * np.array([row[name] for row in rows], np.float64) for name in FIGURES}
-    area = value["insertion_deletion"]
+    centre, border, area = value["centre_drop"], value["border_drop"], value["insertion_deletion"]
     return {
         "map in the border (even: 43.8)": value["border_energy"],
-        CENTRE: value["centre_drop"],
-        EDGE: value["border_drop"],
-        GAP: value["centre_drop"] - value["border_drop"],
+        "lost if the centre is hidden": centre,
+        "lost if the border is hidden": border,
+        "gap between these two": centre - border,
+        "images that lose more at the border": 100.0 * (border > centre),
         "insertion - deletion": area,
         "  above that of its cells shuffled": area - value["insertion_deletion_shuffled"],
         "  above that of another image's map": area - value["insertion_deletion_other"],
@@ -352,39 +350,22 @@ def points(rows):
 
 
 def attention_table(rows):
-    """The rows of attention.csv as text for people, at most 79 columns wide."""
+    """attention.csv as text: means, and the mean difference within the pairs with its 95 % interval."""
     failed = [row for row in rows if row["group"] == "failure"]
     correct = [row for row in rows if row["group"] == "matched"]
     pairs = [(failed[row["pair"]], row) for row in correct]
     failures, matched, partners = points(failed), points(correct), points([first for first, _ in pairs])
-    lines = [f"{'mean, in percentage points':<36} failures  matched  difference"]
+    lines = [f"{'mean, in percentage points':<36} failures  matched  difference [95 %]"]
     for name in failures:
         difference, low, high = mean_interval(partners[name] - matched[name])
         interval = "" if math.isnan(low) else f" [{low:+.1f}, {high:+.1f}]"
         a, b = mean_interval(failures[name])[0], mean_interval(matched[name])[0]
         lines.append(f"{name:<36} {a:8.1f} {b:8.1f} {difference:+7.1f}{interval}")
-
-    lines.append("Images that lose more if the border is hidden than if the centre is:")
-    for group, gaps in (("failures", failures[GAP]), ("matched", matched[GAP])):
-        if len(gaps):
-            count = int((gaps < 0).sum())
-            low, high = utils.wilson_interval(count, len(gaps))
-            share = f"{100 * count / len(gaps):.1f} % [{100 * low:.1f}, {100 * high:.1f}]"
-            lines.append(f"  {group:<9} {count} of {len(gaps)}, {share}")
     alike = sum(first["predicted"] == second["predicted"] for first, second in pairs)
     apart = np.mean([abs(first["confidence"] - second["confidence"]) for first, second in pairs] or [np.nan])
     lines.append(f"{len(pairs)} pairs, {alike} of one predicted class, confidence {apart:.3f} apart")
-
-    centre, border = failures[CENTRE].mean(), failures[EDGE].mean()
-    lines.append(f"Hiding the centre costs failures {centre:.0f} points, hiding the border {border:.0f}.")
-    mean, low, high = mean_interval(partners[GAP] - matched[GAP])
-    if math.isnan(low):
+    if len(pairs) < FEWEST:
         lines.append(f"Fewer than {FEWEST} pairs give no interval.")
-    elif low <= 0 <= high:
-        lines.append(f"Correct predictions show the same gap, within {math.ceil(max(-low, high))} points.")
-    else:
-        other = "smaller" if mean > 0 else "larger"
-        lines.append(f"Correct predictions show a gap that is {abs(mean):.0f} points {other}.")
     return "\n".join(lines)
 
 
@@ -432,6 +413,11 @@ def predict_image(model, path, names=CLASS_NAMES):
     names: of the 100 classes, by label. Raises ScriptError for a file that is no readable picture.
     """
     pixels, _ = read_image(path)
+    return likeliest(model, pixels, names)
+
+
+def likeliest(model, pixels, names):
+    """As predict_image, for an image (32, 32, 3) uint8."""
     top = probabilities(model, torch.from_numpy(pixels)[None])[0].topk(5)
     return [(names[label], p) for p, label in zip(top.values.tolist(), top.indices.tolist())]
 
@@ -466,9 +452,7 @@ def explain(model, images, labels=None, target="predicted", layer="layer4", name
     return [dict(zip(columns, values)) for values in zip(*columns.values())], maps
 
 
-def picture(
-    model, images, labels=None, target="predicted", layer="layer4", names=CLASS_NAMES, captions=None, title=""
-):
+def picture(model, images, labels=None, target="predicted", layer="layer4", names=CLASS_NAMES, captions=None, title=""):
     """A matplotlib figure with a row per image: the image and, laid over it, the map for its target.
 
     If the label is another class: also the map for that, on the same scale, and the signed difference of the
@@ -558,9 +542,8 @@ def read_failures(run_dir, checkpoint):
     if any(row["checkpoint"] != checkpoint for row in rows):
         utils.checkpoint_id(run_dir)  # names evaluate.py if the logits, too, come from another best.pt
         raise ScriptError(f"{path} comes from another best.pt; run {made_by} again")
-    index = [row["index"] for row in rows]
-    sound = len(set(index)) == len(index) and all(0 <= i < 10_000 for i in index)
-    if not sound or (rows and not any(row["representative"] for row in rows)):
+    index = {row["index"] for row in rows} & set(range(10_000))
+    if len(index) < len(rows) or (rows and not any(row["representative"] for row in rows)):
         raise ScriptError(f"{path} is not a list of failures; run {made_by} again")
     return rows
 
@@ -617,7 +600,7 @@ def main(argv=None):
     if args.image is not None:
         path = Path(args.image).expanduser()
         pixels, done = read_image(path)
-        top = predict_image(model, path, names)
+        top = likeliest(model, pixels, names)
         print(textwrap.fill(f"{path.name}: {', '.join(done) or 'used as it is'}", 79))
         for name, p in top:
             print(f"  {100 * p:5.1f} %  {name}")
@@ -633,12 +616,10 @@ def main(argv=None):
         return []
     index = args.index or [row["index"] for row in failures]
     images, labels = load_dataset(dataset, data_dir, train=False)
-    rows, maps = explain(model, images[index], labels[index], target, layer, names)
+    rows, _ = explain(model, images[index], labels[index], target, layer, names)
     if failures and [row["true"] for row in rows] != [row["true"] for row in failures]:
         again = f"python evaluate.py {utils.quote(run_dir)}, then python failures.py {utils.quote(run_dir)}"
         raise ScriptError(f"{run_dir}/failures.csv does not fit this data set; run {again}")
-    if not maps.isfinite().all():
-        raise ScriptError("the maps have NaN or infinite values; is the checkpoint sound?", code=1)
     rows = [{"index": i} | row for i, row in zip(index, rows)]
     utils.write_csv(run_dir / "gradcam.csv", rows)
     print(f"wrote {run_dir / 'gradcam.csv'}")

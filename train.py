@@ -186,23 +186,17 @@ def configure(device, deterministic):
 
 @contextlib.contextmanager
 def exclusive(run_dir):
-    """Refuse a second process in run_dir (not on Windows). The lock goes when the process ends."""
+    """Refuse a second process in run_dir."""
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        lock = open(run_dir / ".lock", "w")
+        file = open(run_dir / ".lock", "w")
     except OSError as error:
         reason = error.strerror
         raise ScriptError(f"cannot write to {run_dir} ({reason}); choose another --output-dir") from None
-    with lock:
-        try:
-            import fcntl
-
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+    with file:
+        if not utils.lock(file):
             advice = "wait for it, or choose another --output-dir"
-            raise ScriptError(f"another process is training in {run_dir}; {advice}") from None
-        except (ImportError, OSError):
-            pass  # Windows, and some network drives, have no such locks
+            raise ScriptError(f"another process is training in {run_dir}; {advice}")
         yield
 
 
@@ -258,33 +252,31 @@ def save_checkpoint(path, content):
 
 def write_log(run_dir, args, history, best_epoch, curves=True):
     """log.csv and curves.png. A failure only warns: a spreadsheet on Windows locks the file it shows."""
-    training = "training, augmented" + (", smoothed" if args.smoothing else "")
-    training += ", dominant label" if args.mixup or args.cutmix else ""
-    title = f"Training {MODELS[args.model]} on {TITLES[args.dataset]}: {run_dir.name}"
     try:
         utils.write_csv(run_dir / "log.csv", history)
         if curves:
-            draw_curves(run_dir / "curves.png", history, best_epoch, title, training)
+            draw_curves(run_dir, args, history, best_epoch)
     except ScriptError as error:
         utils.warn(str(error))
 
 
-def draw_curves(path, history, best_epoch, title, training="training"):
+def draw_curves(run_dir, args, history, best_epoch):
+    training = "training, augmented" + (", smoothed" if args.smoothing else "")
+    training += ", dominant label" if args.mixup or args.cutmix else ""
     figure, (left, right) = utils.new_figure(10, 4, 1, 2)
-    epochs = [row["epoch"] for row in history]
-    panels = (left, "loss", 1, "cross-entropy (nats)"), (right, "acc", 100, "accuracy (%)")
-    for axes, key, scale, label in panels:
+    epochs, note = [row["epoch"] for row in history], f"best validation accuracy: epoch {best_epoch}"
+    for axes, key, scale, label in (left, "loss", 1, "cross-entropy (nats)"), (right, "acc", 100, "accuracy (%)"):
         train_values = [scale * row[f"train_{key}"] for row in history]
         val_values = [scale * row[f"val_{key}"] for row in history]
         axes.plot(epochs, train_values, "-o", color=utils.BLUE, label=training, markersize=3)
         axes.plot(epochs, val_values, "--o", color=utils.VERMILION, label="validation", markersize=3)
-        note = f"best validation accuracy: epoch {best_epoch}"
         axes.axvline(best_epoch, color=utils.GRAY, linestyle=":", label=note)
         axes.set(xlabel="epoch", ylabel=label)
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.legend()
-    figure.suptitle(title)
-    utils.save_figure(figure, path)
+    name = run_dir.resolve().name  # of "." too
+    figure.suptitle(f"Training {MODELS[args.model]} on {TITLES[args.dataset]}: {name}")
+    utils.save_figure(figure, run_dir / "curves.png")
 
 
 # ---- what is printed ------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ import shlex
 import shutil
 import signal
 import sys
+import textwrap
 import time
 import warnings
 import zipfile
@@ -29,7 +30,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from model import make_model
+from model import MODELS, make_model
 
 BLUE, VERMILION, GRAY = "#0072B2", "#D55E00", "#999999"  # Okabe and Ito: colour-blind readers tell them apart
 PLACES = {"data_dir", "data_url", "device", "output_dir", "resume", "quick"}  # flags outside the recipe
@@ -200,6 +201,19 @@ def sha256(path):
     return hashlib.sha256(Path(path).read_bytes()).hexdigest() if Path(path).is_file() else None
 
 
+def lock(file, wait=False):
+    """Lock an open file, until it is closed or its process ends; False if another process holds it."""
+    try:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except (ImportError, OSError):
+        pass  # Windows, and some network drives, have no such locks
+    return True
+
+
 # ---- reading: whatever comes from disk goes through read() -----------------------------------------------
 
 
@@ -223,19 +237,19 @@ def read(path, parse, what, made_by):
 
 
 def require(condition, reason):
-    """For parsers: ValueError(reason) unless the condition holds."""
+    """ValueError(reason) unless the condition holds."""
     if not condition:
         raise ValueError(reason)
 
 
-def read_json(path, made_by, what="a JSON object", keys=()):
-    """The dict in a JSON file, which must have the keys."""
+def read_json(path, made_by, what="a JSON object", **kinds):
+    """The dict in a JSON file. kinds: the type that each of these keys must have."""
 
     def parse(content):
         found = json.loads(content)
         require(isinstance(found, dict), "no JSON object")
-        missing = [key for key in keys if key not in found]
-        require(not missing, f"without {', '.join(missing)}")
+        for key, kind in kinds.items():
+            require(isinstance(found.get(key), kind), f"without a {kind.__name__} {key}")
         return found
 
     return read(path, parse, what, made_by)
@@ -246,8 +260,8 @@ def read_csv(path, made_by, what, columns):
 
     def parse(content):
         reader = csv.DictReader(io.StringIO(content.decode()))
-        missing = [name for name in columns if name not in (reader.fieldnames or ())]
-        require(not missing, f"without {', '.join(missing)}")
+        missing = columns.keys() - set(reader.fieldnames or ())
+        require(not missing, f"without {', '.join(sorted(missing))}")
         rows = list(reader)
         whole = all(None not in row and None not in row.values() for row in rows)
         require(whole, "a row is cut short or too long")
@@ -257,7 +271,7 @@ def read_csv(path, made_by, what, columns):
 
 
 def read_npy(path, made_by, what, check=lambda array: None, digest=None):
-    """A .npy array, never unpickling. check(array) may raise ValueError. digest: the file's SHA-256."""
+    """A .npy array, never unpickling. digest: the file's SHA-256, if it is known."""
 
     def parse(content):
         known = digest in (None, hashlib.sha256(content).hexdigest())
@@ -270,16 +284,16 @@ def read_npy(path, made_by, what, check=lambda array: None, digest=None):
     return read(path, parse, what, made_by)
 
 
-def open_run(text):
-    """(path, config.json as a dict) of a run directory, from what the user typed."""
+def open_run(text, writable=True):
+    """(path, config.json as a dict) of a run directory, from what the user typed. writable: must it be?"""
     run_dir = Path(text).expanduser()
     if run_dir.is_file():
         raise ScriptError(f"{run_dir} is a file; name the run directory, such as {run_dir.parent}")
-    what, keys = "the config.json of a run", ("args", "dataset")
-    config = read_json(run_dir / "config.json", "python train.py", what, keys)
-    if config["dataset"] not in ("cifar100", "synthetic") or not isinstance(config["args"], dict):
-        raise ScriptError(f"{run_dir / 'config.json'} is not {what}; name a run directory of python train.py")
-    if not os.access(run_dir, os.W_OK):
+    path, what = run_dir / "config.json", "the config.json of a run"
+    config = read_json(path, "python train.py", what, args=dict, dataset=str)
+    if config["dataset"] not in ("cifar100", "synthetic"):
+        raise ScriptError(f"{path} is not {what}; name a run directory of python train.py")
+    if writable and not os.access(run_dir, os.W_OK):
         raise ScriptError(f"{run_dir} cannot be written to; copy it to a folder of yours")
     return run_dir, config
 
@@ -321,13 +335,14 @@ def load_checkpoint(path):
         except Exception as error:  # torch's own text advises to switch the protection off
             asks = re.search(r"GLOBAL (\S+)", str(error))
             raise ValueError(f"it asks to run {asks[1]}, refused" if asks else type(error).__name__) from None
-        args, model = checkpoint["args"], checkpoint["model"]
         require(checkpoint["format"] == 1 and type(checkpoint["epoch"]) is int, "another version of train.py")
+        args, tensors = NEWER_FLAGS | checkpoint["args"], checkpoint["model"].values()
         require(args["dataset"] in ("cifar100", "synthetic"), "an unknown data set")
-        sizes = [args[key] for key in ("width", "seed", "val_size")]
-        require(all(type(size) is int and size >= 0 for size in sizes), "odd sizes")
-        require(1 <= args["width"] <= 1024, "an odd width")
-        require(all(isinstance(tensor, torch.Tensor) for tensor in model.values()), "weights are no tensors")
+        require(args["model"] in MODELS, f"no model {args['model']!r} here")
+        sizes = {"width": range(1, 1025), "seed": range(2**32), "val_size": range(50_000)}
+        for key, allowed in sizes.items():
+            require(type(args[key]) is int and args[key] in allowed, f"odd {key}")
+        require(all(isinstance(tensor, torch.Tensor) for tensor in tensors), "weights are no tensors")
         return checkpoint
 
     check_torch()
@@ -337,24 +352,19 @@ def load_checkpoint(path):
 def load_weights(model, state, path):
     """Copy a checkpoint's weights into model; DataParallel and torch.compile prefix their names."""
     state = {re.sub(r"^(module\.|_orig_mod\.)+", "", name): tensor for name, tensor in state.items()}
-    found = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    wrong = [name for name in wanted | found if found.get(name) != wanted.get(name)]
-    if wrong:
-        some = f"{len(wrong)} tensors differ: {', '.join(wrong[:3])}"
-        raise ScriptError(f"{path} belongs to another network ({some}); use a run of train.py")
     if not all(tensor.isfinite().all() for tensor in state.values()):
         raise ScriptError(f"{path} holds NaN or infinite weights; train again with a lower --lr")
-    model.load_state_dict(state)
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:  # names every tensor that is missing, unexpected or of another shape
+        some = textwrap.shorten(str(error), 160, placeholder=" ...")
+        raise ScriptError(f"{path} belongs to another network ({some}); use a run of train.py") from None
 
 
 def network(checkpoint, path, device="cpu"):
     """The network of a checkpoint, with its weights, on the device, in eval mode."""
     args = NEWER_FLAGS | checkpoint["args"]
-    try:
-        model = make_model(args["model"], width=args["width"])
-    except ValueError as error:
-        raise ScriptError(f"{path}: {error}") from None
+    model = make_model(args["model"], width=args["width"])
     load_weights(model, checkpoint["model"], path)
     return model.to(device, memory_format=memory_format(device)).eval()
 
@@ -368,10 +378,7 @@ def load_model(run, device="cpu"):
 def recorded_checksums(run_dir):
     """{file: SHA-256} in metrics.json: of best.pt and of the arrays that it was made from."""
     path, made_by = Path(run_dir) / "metrics.json", f"python evaluate.py {quote(run_dir)}"
-    known = read_json(path, made_by, "the scores of a run", ["sha256"])["sha256"]
-    if not isinstance(known, dict):
-        raise ScriptError(f"{path} has no checksums; run {made_by} again")
-    return known
+    return read_json(path, made_by, "the scores of a run", sha256=dict)["sha256"]
 
 
 def load_logits(run_dir, split):
@@ -456,7 +463,7 @@ def select_precision(amp, device):
     Hardware without bfloat16 emulates it, several times slower than float32; torch.cuda.is_bf16_supported()
     counts that as support. float16 needs a GradScaler: gradients below 6e-8 would become zero.
     """
-    fast, reason, possible = "off", "not tried on this device", {"off"}
+    fast, reason = "off", "not tried on this device"
     if device.type == "cuda":
         capability, name = torch.cuda.get_device_capability(device), device_name(device)
         if capability >= (8, 0):
@@ -465,13 +472,12 @@ def select_precision(amp, device):
             fast, reason = "fp16", "this GPU has no bfloat16"
         else:
             reason = "float16 is slow or gives NaN on this GPU"
-        possible = {"off", "fp16", fast}
     elif device.type == "cpu":
         reason = "this CPU has no bfloat16"
         with contextlib.suppress(OSError):  # not Linux
             if re.search(r"\b(avx512_bf16|amx_bf16|bf16)\b", Path("/proc/cpuinfo").read_text()):
                 fast, reason = "bf16", "fast on this CPU"
-        possible = {"off", fast}
+    possible = {"off", fast, "fp16"} if device.type == "cuda" else {"off", fast}
     if amp == "auto":
         amp = fast
     elif amp in possible:
@@ -523,8 +529,8 @@ def macro_scores(confusion):
     square.
     """
     confusion = np.asarray(confusion, np.float64)
-    if confusion.ndim != 2 or confusion.shape[0] != confusion.shape[1]:
-        raise ValueError(f"a confusion matrix is square, got shape {confusion.shape}")
+    square = confusion.ndim == 2 and confusion.shape[0] == confusion.shape[1]
+    require(square, f"a confusion matrix is square, got shape {confusion.shape}")
     return macro_scores_from_counts(np.diag(confusion), confusion.sum(1), confusion.sum(0))
 
 
