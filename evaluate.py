@@ -26,7 +26,6 @@ that are there already are not computed again.
 
 import functools
 import itertools
-import json
 import math
 import textwrap
 import time
@@ -89,8 +88,8 @@ def checksums(run_dir):
 def known_checksums(run_dir):
     """The checksums in metrics.json, or {} if there are none or it is damaged: then the scores are made anew."""
     try:
-        return dict(json.loads((run_dir / "metrics.json").read_text())["sha256"])
-    except (OSError, ValueError, KeyError, TypeError):
+        return utils.recorded_checksums(run_dir)
+    except ScriptError:
         return {}
 
 
@@ -134,31 +133,21 @@ def score_images(logits, labels):
 
 
 def fit_temperature(logits, labels):
-    """The T > 0 that minimises the NLL of logits / T, Guo et al., arXiv:1706.04599.
+    """The T in 0.01..100 that minimises the NLL of logits / T, Guo et al., arXiv:1706.04599.
 
-    Fit it on images held out from training, and never on those that are scored. The NLL is convex in b = 1/T;
-    its derivative is the mean of (sum_k p_k z_k) - z_y, its second derivative the mean variance of z under p:
-    Newton's method. Searched in 0.01..100; where the NLL has no minimum there, as with no error at all, the
-    nearer bound comes back.
+    Fit it on images held out from training, and never on those that are scored. The NLL is convex in b = 1/T,
+    so its slope, the mean of (sum_k p_k z_k) - z_y, changes sign once: bisection. Where it does not, as with no
+    error at all, the nearer bound comes back.
     """
     true_logits = logits[np.arange(len(labels)), labels]
-
-    def derivatives(b):
+    low, high = 0.01, 100.0
+    for _ in range(45):  # ln(high / low) from 9.2 to 3e-13
+        b = math.sqrt(low * high)
         probs = np.exp(log_softmax(b * logits))
-        mean = (probs * logits).sum(1)
-        return (mean - true_logits).mean(), ((probs * logits**2).sum(1) - mean**2).mean()
-
-    if derivatives(100.0)[0] <= 0:
-        return 0.01
-    if derivatives(0.01)[0] >= 0:
-        return 100.0
-    b = 1.0
-    for _ in range(100):
-        slope, curvature = derivatives(b)
-        new = min(max(b - slope / max(curvature, 1e-12), b / 2), 2 * b)  # far from the minimum Newton overshoots
-        if abs(new - b) < 1e-9 * b:
-            break
-        b = new
+        if ((probs * logits).sum(1) - true_logits).mean() > 0:
+            high = b
+        else:
+            low = b
     return 1 / b
 
 
@@ -176,19 +165,17 @@ class Run:
     stress: "Stress | None" = None
     raw: Scores = field(init=False)
     scaled: Scores = field(init=False)
-    values: dict = field(init=False)  # {metric: float}
+    values: dict = field(init=False, default_factory=dict)  # {metric: float}, and with the suffix _scaled
     draws: dict = field(init=False, default_factory=dict)  # {metric: (RESAMPLES,)}, once measure() was called
 
     def __post_init__(self):
         if self.scaled_logits is None:
             self.scaled_logits = self.logits / self.temperature
         self.raw, self.scaled = score_images(self.logits, self.labels), score_images(self.scaled_logits, self.labels)
-        once = np.ones((1, len(self.labels)))
-        raw, scaled = metrics(self.raw, self.labels, once), metrics(self.scaled, self.labels, once)
-        for found, scores in ((raw, self.raw), (scaled, self.scaled)):
+        for suffix, scores, same in (("", self.raw, ()), ("_scaled", self.scaled, UNSCALED)):
+            found = metrics(scores, self.labels, np.ones((1, len(self.labels))))
             found["ece_null"] = [calibrated_ece(scores.confidence)]
-        self.values = {name: float(value[0]) for name, value in raw.items()}
-        self.values |= {f"{name}_scaled": float(scaled[name][0]) for name in raw if name not in UNSCALED}
+            self.values |= {name + suffix: float(value[0]) for name, value in found.items() if name not in same}
 
     @property
     def seed(self):
@@ -220,20 +207,18 @@ def ensemble(runs):
     member was trained on, and another seed has others.
     """
 
-    def mean(logits):
-        return np.mean([np.exp(log_softmax(z)) for z in logits], 0)
+    def log(p):
+        return np.log(np.maximum(p, 1e-300))
 
     def entropy(p):
-        return -(p * np.log(np.maximum(p, 1e-300))).sum(-1)
+        return -(p * log(p)).sum(-1)
 
-    raw, scaled = mean([run.logits for run in runs]), mean([run.scaled_logits for run in runs])
-    preds = [run.raw.pred for run in runs]
-    pairs = [a != b for a, b in itertools.combinations(preds, 2)]
-    information = entropy(raw) - np.mean([entropy(np.exp(log_softmax(run.logits))) for run in runs], 0)
+    probs = [np.exp(log_softmax(run.logits)) for run in runs]
+    mean, scaled = np.mean(probs, 0), np.mean([np.exp(log_softmax(run.scaled_logits)) for run in runs], 0)
+    pairs = [a.raw.pred != b.raw.pred for a, b in itertools.combinations(runs, 2)]
+    information = entropy(mean) - np.mean([entropy(p) for p in probs], 0)
     extra = {"disagreement": np.mean(pairs, 0), "mutual_information": np.maximum(information, 0)}  # < 0 by rounding
-    as_logits = [np.log(np.maximum(p, 1e-300)) for p in (raw, scaled)]
-    name = f"ensemble of {len(runs)}"
-    return Run(name, runs[0].config, as_logits[0], runs[0].labels, None, as_logits[1]), extra
+    return Run(f"ensemble of {len(runs)}", runs[0].config, log(mean), runs[0].labels, None, log(scaled)), extra
 
 
 # ---- metrics --------------------------------------------------------------------------------------------
@@ -264,7 +249,8 @@ def metrics(scores, labels, weights):
         found["errors_within_superclass"] = found["errors_within_superclass"] / (1 - found["accuracy"])
     gaps = sum_by(calibration_bins(s.confidence), (w * gap).astype(w.dtype), 15)
     found["ece"] = np.abs(gaps).sum(1) / n  # see utils.calibration_error
-    found["macro_precision"], found["macro_recall"], found["macro_f1"] = weighted_macro_scores(labels, s.pred, w)
+    counts = [sum_by(labels, w * s.correct, NUM_CLASSES), sum_by(labels, w, NUM_CLASSES), sum_by(s.pred, w, NUM_CLASSES)]
+    found["macro_precision"], found["macro_recall"], found["macro_f1"] = utils.macro_scores_from_counts(*counts)
     found["aurc"], found["auroc_failure"] = rank_by_confidence(s.confidence, wrong, w)
     return found
 
@@ -275,12 +261,6 @@ def sum_by(group, values, count):
     cumulative = np.cumsum(values[:, order], 1)
     ends = np.searchsorted(group[order], np.arange(count), side="right")
     return np.diff(cumulative[:, ends - 1] * (ends > 0), axis=1, prepend=0)
-
-
-def weighted_macro_scores(labels, pred, w):
-    """Macro precision, recall and F1, each (R,), for weights (R, N)."""
-    hits = sum_by(labels, w * (labels == pred), NUM_CLASSES)
-    return utils.macro_scores_from_counts(hits, sum_by(labels, w, NUM_CLASSES), sum_by(pred, w, NUM_CLASSES))
 
 
 def rank_by_confidence(confidence, wrong, w):
@@ -321,11 +301,10 @@ def chance_within_superclass(confusion):
     equal classes is no error.
     """
     errors = confusion - np.diag(np.diag(confusion))
-    independent = np.outer(errors.sum(1), errors.sum(0)).astype(float)
+    independent = np.outer(errors.sum(1), errors.sum(0))
     np.fill_diagonal(independent, 0)
     inside = SUPERCLASS_OF[:, None] == SUPERCLASS_OF
-    total = independent.sum()
-    return float(independent[inside].sum() / total) if total else math.nan
+    return float(independent[inside].sum() / independent.sum()) if independent.any() else math.nan
 
 
 # ---- resamples ------------------------------------------------------------------------------------------
@@ -425,19 +404,17 @@ class Study:
     def arms(self):
         return [arm for arm in (self.baselines, self.changed) if arm]
 
+    def quantity(self, measure):
+        """An Arm per recipe, of measure(run): (value, draws (RESAMPLES,))."""
+        return [arm_of([measure(run) for run in arm]) for arm in self.arms]
+
     def metric(self, name):
-        """An Arm per recipe, of a metric."""
-        return [arm_of([(run.values[name], run.draws[name]) for run in arm]) for arm in self.arms]
+        return self.quantity(lambda run: (run.values[name], run.draws[name]))
 
     def mean(self, of_images, weights=None):
         """An Arm per recipe, of the mean over the images of of_images(run), (N,)."""
         weights = self.weights if weights is None else weights
-
-        def pair(run):
-            values = of_images(run)
-            return values.mean(), weighted_mean(values, weights)
-
-        return [arm_of([pair(run) for run in arm]) for arm in self.arms]
+        return self.quantity(lambda run: (of_images(run).mean(), weighted_mean(of_images(run), weights)))
 
 
 def spread(arms):
@@ -495,7 +472,7 @@ def errors_at_equal_coverage(study):
     if count < 50:
         return undecided(f"the baselines have {count} images above {CONFIDENT}; 50 are needed")
 
-    def pair(run):
+    def error_rate(run):
         order = np.argsort(-run.raw.confidence, kind="stable")
         wrong, draws = ~run.raw.correct[order], []
         for w in blocks_of(study.weights):
@@ -503,7 +480,7 @@ def errors_at_equal_coverage(study):
             draws += [np.interp(count, *row) / count for row in zip(images, errors)]
         return wrong[:count].mean(), np.array(draws)
 
-    return change([arm_of([pair(run) for run in arm]) for arm in study.arms])
+    return change(study.quantity(error_rate))
 
 
 def confidence_on_failures(study, kind):
@@ -513,35 +490,32 @@ def confidence_on_failures(study, kind):
     set of images on which only runs of other seeds are compared: first in each set, then over the sets.
     """
     runs, split = study.baselines + study.changed, len(study.baselines)
-    values, draws, drops = [], [], []
+    sets, drops = [], []
     for picker in study.baselines:
         picked = picker.raw.failures
         others = np.array([run.seed != picker.seed for run in runs])
         if picked.sum() < 10 or not others[:split].any() or not others[split:].any():
             continue
-        confidence = [getattr(run, kind).confidence[picked] for run in runs]
-        values.append(np.where(others, [c.mean() for c in confidence], np.nan))  # (runs,)
-        drawn = np.array([weighted_mean(c, study.weights[:, picked]) for c in confidence])
-        draws.append(np.where(others[:, None], drawn, np.nan))  # (runs, RESAMPLES)
-        drops.append(np.nanmean(values[-1][:split]) - getattr(picker, kind).confidence[picked].mean())
-    if not values:
+        of_runs = []  # of each run (1 + RESAMPLES,): its mean confidence on the set, then in the resamples
+        for run in runs:
+            confidence = getattr(run, kind).confidence[picked]
+            of_runs.append([confidence.mean(), *weighted_mean(confidence, study.weights[:, picked])])
+        sets.append(np.where(others[:, None], of_runs, np.nan))
+        drops.append(np.nanmean(sets[-1][:split, 0]) - getattr(picker, kind).confidence[picked].mean())
+    if not sets:
         return undecided("needs baselines of two seeds with 10 confident failures each, and runs of other seeds")
 
     def mean(part, axis):  # but for NaN, where run and set share their seed; without a warning if nothing is left
         there = ~np.isnan(part)
         return np.where(there, part, 0).sum(axis) / np.where(there.any(axis), there.sum(axis), np.nan)
 
-    def difference(part):  # (sets, runs, ...)
-        return (mean(part[:, split:], 1) - mean(part[:, :split], 1)).mean(0)
-
-    def relative(part):  # of each run: its mean over its sets of what it differs from the set's mean
-        return mean(part - mean(part, 1)[:, None], 0)
-
-    values, draws = np.array(values), np.array(draws)
-    pairs = [(relative(values)[k], relative(draws)[k]) for k in range(len(runs))]
-    arms = [[pair for pair in arm if not np.isnan(pair[0])] for arm in (pairs[:split], pairs[split:])]
+    table = np.array(sets)  # (sets, runs, 1 + RESAMPLES)
+    difference = (mean(table[:, split:], 1) - mean(table[:, :split], 1)).mean(0)
+    relative = mean(table - mean(table, 1)[:, None], 0)  # of each run, over its sets: how far it is from the set's mean
+    used = [[row for row in rows if not np.isnan(row[0])] for rows in (relative[:split], relative[split:])]
+    arms = [arm_of([(row[0], row[1:]) for row in rows]) for rows in used]
     control = {"control": "what another baseline seed does", "control_value": float(np.mean(drops))}
-    return change([arm_of(arm) for arm in arms], difference(values), difference(draws), **control)
+    return change(arms, difference[0], difference[1:], **control)
 
 
 def over_confidence_falls(study):
@@ -617,8 +591,10 @@ def worse_after_peak(column, sign, side):
     def statistic(study):
         found = [read_curve(run, column) for run in (study.baselines, study.changed)[side]]
         curves = [sign * curve for curve in found if curve is not None]
+        if len(curves) < 2:
+            return undecided("needs the log.csv of two runs of the recipe")
         epochs, values = [], []
-        for k, curve in enumerate(curves if len(curves) > 1 else []):
+        for k, curve in enumerate(curves):
             others = curves[:k] + curves[k + 1 :]
             length = min(len(other) for other in others)
             early = np.mean([other[:length] for other in others], 0)[: math.ceil(0.75 * length)]
@@ -665,7 +641,7 @@ def stress_change(study, condition, control, before, after):
 @dataclass
 class Claim:
     text: str
-    side: str  # what is claimed of figure - reference: "above" or "below" 0, or "within" MARGIN of it
+    side: str  # what is claimed of figure - reference: "above" or "below" 0, or "within" MARGIN of 0
     statistic: Callable  # of a Study; returns an Estimate
     arms: tuple = (0, 1)  # which it needs: 0 the baselines, 1 the changed runs
 
@@ -742,12 +718,11 @@ def read_curve(run, column):
 
 def read_attention(run):
     """(failures, matched): rows of gradcam.py's attention.csv on confident failures, in pairs; ([], []) without it."""
-    path, kinds = run.folder / "attention.csv", {"pair": int, "index": int}
+    path, made_by = run.folder / "attention.csv", f"python gradcam.py {utils.quote(run.folder)}"
     if not path.exists():
         return [], []
-    made_by = f"python gradcam.py {utils.quote(run.folder)}"
-    kinds |= {name: float for name in ("confidence", "border_drop", "centre_drop")} | {"group": str, "checkpoint": str}
-    rows = utils.read_csv(path, made_by, "attention figures", kinds)
+    columns = {"pair": int, "index": int, "group": str, "checkpoint": str, "border_drop": float, "centre_drop": float}
+    rows = utils.read_csv(path, made_by, "attention figures", columns)
     found = {group: {row["pair"]: row for row in rows if row["group"] == group} for group in ("failure", "matched")}
     clear = run.raw.confidence > CONFIDENT + 0.001  # a published run's float16 may cross the threshold
     wanted = set(np.flatnonzero(run.raw.failures & clear))
