@@ -249,8 +249,10 @@ def metrics(scores, labels, weights):
         found["errors_within_superclass"] = found["errors_within_superclass"] / (1 - found["accuracy"])
     gaps = sum_by(calibration_bins(s.confidence), (w * gap).astype(w.dtype), 15)
     found["ece"] = np.abs(gaps).sum(1) / n  # see utils.calibration_error
-    counts = [sum_by(labels, w * s.correct, NUM_CLASSES), sum_by(labels, w, NUM_CLASSES), sum_by(s.pred, w, NUM_CLASSES)]
-    found["macro_precision"], found["macro_recall"], found["macro_f1"] = utils.macro_scores_from_counts(*counts)
+    hits = sum_by(labels, w * s.correct, NUM_CLASSES)
+    images, predicted = sum_by(labels, w, NUM_CLASSES), sum_by(s.pred, w, NUM_CLASSES)
+    macro = utils.macro_scores_from_counts(hits, images, predicted)
+    found["macro_precision"], found["macro_recall"], found["macro_f1"] = macro
     found["aurc"], found["auroc_failure"] = rank_by_confidence(s.confidence, wrong, w)
     return found
 
@@ -524,7 +526,7 @@ def over_confidence_falls(study):
 
 
 def calibration_improves(study):
-    """|mean confidence - accuracy| of a recipe. The absolute value comes last: run by run it cannot fall below its noise."""
+    """|mean confidence - accuracy| of a recipe. The absolute value comes last: of each run it would be mostly noise."""
     arms = study.metric("signed_gap")
     (before, before_draws), (after, after_draws) = (level(arm, arms, seed) for seed, arm in enumerate(arms))
     draws = np.abs(after_draws) - np.abs(before_draws)
@@ -811,26 +813,20 @@ def attack(model, images, labels, epsilon, steps, autocast):
     return x.clamp(0, 255)
 
 
-class CifarC:
-    """The authors' CIFAR-100-C: 10,000 test images per severity, one after the other; labels.npy and a file each."""
+def first_of_each_class(labels, count):
+    """Indices, in order, of the first images of every class: `count` of them in all."""
+    by_class = np.argsort(labels, kind="stable").reshape(NUM_CLASSES, -1)
+    return np.sort(by_class[:, : count // NUM_CLASSES].ravel())
 
-    download = "a download of CIFAR-100-C (zenodo.org/records/3555552)"
 
-    def __init__(self, folder, index, labels):
-        self.folder, self.index = Path(folder).expanduser(), index
-        found = self.read("labels", (50_000,))
-        if not np.array_equal(found[:10_000][index], labels):
-            raise ScriptError(f"{self.folder / 'labels.npy'} has other labels than the test set; set --cifar-c")
+def read_cifar_c(folder, name, shape):
+    """labels.npy or a corruption of the authors' CIFAR-100-C: 5 severities of 10,000 images, one after the other."""
 
-    def read(self, name, shape):
-        def check(array):
-            utils.require(array.shape == shape and array.dtype.kind in "iu", f"{array.dtype} {array.shape}")
+    def check(array):
+        utils.require(array.shape == shape and array.dtype.kind in "iu", f"{array.dtype} {array.shape}")
 
-        return utils.read_npy(self.folder / f"{name}.npy", self.download, f"integers {shape}", check)
-
-    def corrupt(self, images, name, severity):
-        """As data.corrupt, of these very test images."""
-        return torch.from_numpy(self.read(name, (50_000, 32, 32, 3))[(severity - 1) * 10_000 + self.index])
+    made_by = "a download of CIFAR-100-C (zenodo.org/records/3555552)"
+    return utils.read_npy(Path(folder).expanduser() / f"{name}.npy", made_by, f"integers {shape}", check)
 
 
 class StressTest:
@@ -841,25 +837,29 @@ class StressTest:
         images, labels = load_dataset(dataset, data_dir, train=False)
         if not np.array_equal(labels.numpy(), runs[0].labels):
             raise ScriptError(f"the runs were scored on other images than those in {data_dir}; set --data-dir")
-        by_class = np.argsort(runs[0].labels, kind="stable").reshape(NUM_CLASSES, -1)
-        self.index = np.sort(by_class[:, : args.stress_images // NUM_CLASSES].ravel())
+        self.index = first_of_each_class(runs[0].labels, args.stress_images)
         self.images, self.labels = images[self.index], labels[self.index]
-        self.corrupt, self.source = corrupt, "CIFAR-100-C style"
+        self.cifar_c, self.source = args.cifar_c, "CIFAR-100-C" if args.cifar_c else "CIFAR-100-C style"
         if args.cifar_c:
-            self.corrupt, self.source = CifarC(args.cifar_c, self.index, self.labels.numpy()).corrupt, "CIFAR-100-C"
+            found = read_cifar_c(args.cifar_c, "labels", (50_000,))
+            if not np.array_equal(found[self.index], self.labels):
+                raise ScriptError(f"{args.cifar_c}: labels.npy has other labels than the test set; set --cifar-c")
         self.baselines, self.device = baselines, device
         dtype, _ = utils.select_precision("auto", device)
         self.autocast = functools.partial(torch.autocast, device.type, dtype, enabled=dtype is not None)
 
-    def network(self, run):
-        path = run.folder / "best.pt"
-        return utils.network(utils.load_checkpoint(path), path, self.device).requires_grad_(False)
+    def corrupted(self, name, severity):
+        """The images under a corruption, (N, 32, 32, 3) uint8."""
+        if not self.cifar_c:
+            return corrupt(self.images, name, severity)
+        images = read_cifar_c(self.cifar_c, name, (50_000, 32, 32, 3))
+        return torch.from_numpy(images[(severity - 1) * 10_000 + self.index])
 
     def batches(self, kind, name, strength, attacked):
         """The images of a condition, (B, 32, 32, 3) in 0..255 on the device, 250 at a time."""
         images = self.images
         if kind == "corruption":
-            images = self.corrupt(images, name, strength)
+            images = self.corrupted(name, strength)
         elif kind == "shift":
             dy, dx = map(int, name.split())
             padded = F.pad(images, (0, 0, 1, 1, 1, 1))  # black, as in the training's crops
@@ -870,41 +870,47 @@ class StressTest:
                 batch = attack(attacked, batch, labels, strength, 1 if kind == "fgsm" else 10, self.autocast)
             yield batch
 
-    def measure(self, run):
-        """Measure what run.stress lacks, saving after every condition: an interrupted test goes on from there."""
+    def prepare(self, run):
+        """What run.stress lacks: ([index of a condition], the baseline to make the transferred images against)."""
         if run.stress is None:
             shape = (len(CONDITIONS), len(self.index))
             preds, confidence = np.zeros(shape, np.uint8), np.full(shape, np.nan, np.float32)
             about = self.source, utils.checkpoint_id(run.folder)
             run.stress = Stress(self.index, self.labels.numpy(), preds, confidence, *about)
             (run.folder / "stress.csv").unlink(missing_ok=True)  # it says what the arrays are, and they come first
-        stress, baseline = run.stress, None
+        stress = run.stress
         if not np.array_equal(stress.index, self.index) or stress.source != self.source:
             found = f"{run.folder} has stress results on {len(stress.index)} images, {stress.source}"
             raise ScriptError(f"{found}; give the same --stress-images and --cifar-c, or --refresh")
-        if run not in self.baselines:  # it is shown images made against the baseline of its seed, else the first one
+        baseline = None  # baselines are shown no transferred images
+        if run not in self.baselines:
             same_seed = [base for base in self.baselines if base.seed == run.seed]
             baseline = (same_seed or self.baselines)[0]
-            if stress.victim != utils.checkpoint_id(baseline.folder):
-                stress.victim = utils.checkpoint_id(baseline.folder)
-                stress.confidence[stress.rows("transfer")] = np.nan
-        todo = [k for k in range(len(CONDITIONS)) if np.isnan(stress.confidence[k, 0])]
-        todo = [k for k in todo if CONDITIONS[k][0] != "transfer" or baseline]
+            victim = utils.checkpoint_id(baseline.folder)
+            if stress.victim != victim:
+                stress.victim, stress.confidence[stress.rows("transfer")] = victim, np.nan
+        wanted = [k for k, (kind, _, _) in enumerate(CONDITIONS) if baseline or kind != "transfer"]
+        return [k for k in wanted if np.isnan(stress.confidence[k, 0])], baseline
+
+    def measure(self, run):
+        """Measure what run.stress lacks, saving after every condition: an interrupted test goes on from there."""
+        todo, baseline = self.prepare(run)
         if not todo:  # as with a published run, whose best.pt is elsewhere
             return
-        model, victim = self.network(run), self.network(baseline) if baseline else None
+        model = utils.load_model(run.folder, self.device).requires_grad_(False)
+        victim = utils.load_model(baseline.folder, self.device).requires_grad_(False) if baseline else None
         costs = [COST.get(CONDITIONS[k][0], 1) for k in todo]
         progress, start = utils.Progress(), time.monotonic()
-        for done, k in enumerate(todo):
+        for done, k in enumerate(todo, 1):
             batches = self.batches(*CONDITIONS[k], victim if CONDITIONS[k][0] == "transfer" else model)
             with self.autocast():
                 probs = utils.predict(model, map(normalize, batches)).softmax(1)
             confidence, preds = probs.max(1)
-            stress.confidence[k], stress.preds[k] = confidence.cpu().numpy(), preds.cpu().numpy()
+            run.stress.confidence[k], run.stress.preds[k] = confidence.cpu().numpy(), preds.cpu().numpy()
             write_stress(run)
             if progress.due():
-                left = (time.monotonic() - start) / sum(costs[: done + 1]) * sum(costs[done + 1 :])
-                progress.show(f"{run.name}: condition {done + 1}/{len(todo)}, {utils.duration(left)} left")
+                left = (time.monotonic() - start) / sum(costs[:done]) * sum(costs[done:])
+                progress.show(f"{run.name}: condition {done}/{len(todo)}, {utils.duration(left)} left")
         progress.clear()
 
 
@@ -933,8 +939,7 @@ def read_stress(run):
     if not rows or rows[0]["checkpoint"] != (utils.checkpoint_id(run.folder) or ""):
         warn(f"{path} belongs to another best.pt and is left out; run {made_by}")
         return None
-    by_class = np.argsort(run.labels, kind="stable").reshape(NUM_CLASSES, -1)
-    index = np.sort(by_class[:, : rows[0]["images"] // NUM_CLASSES].ravel())
+    index = first_of_each_class(run.labels, rows[0]["images"])
     shape = (len(CONDITIONS), len(index))
 
     def load(what, dtype):
@@ -969,13 +974,10 @@ def print_table(header, rows, markdown=False):
 
 
 def cell(value, unit=100, digits=2):
-    """A fraction as points, or a dash where there is nothing."""
+    """A fraction as points, [low, high] as an interval, or a dash where there is nothing."""
+    if isinstance(value, list):
+        return f"[{', '.join(cell(end, unit, digits) for end in value)}]"
     return "-" if value is None or math.isnan(value) else f"{unit * value + 0.0:.{digits}f}"
-
-
-def ends_cell(ends, unit=100, digits=1):
-    """An interval, in the same way."""
-    return "-" if ends is None else f"[{', '.join(f'{unit * end + 0.0:.{digits}f}' for end in ends)}]"
 
 
 CLASSIFICATION = {"precision": "macro_precision", "recall": "macro_recall", "F1": "macro_f1", "top-5": "top5_accuracy",
@@ -987,19 +989,19 @@ CALIBRATION = {"NLL": "nll", "Brier": "brier", "gap": "signed_gap", "ECE": "ece"
 def print_scores(named, published, markdown):
     """named: [(name, values, interval of the accuracy or None)] of runs, means over seeds and ensembles."""
     table = []
-    for name, values, ends in [("published (smoothing 0.1)", PUBLISHED, None)] * published + named:
-        accuracy = cell(values["accuracy"]) + (f" {ends_cell(ends)}" if ends else "")
+    shown = [("published (smoothing 0.1)", PUBLISHED, None), *named] if published else named
+    for name, values, ends in shown:
+        accuracy = cell(values["accuracy"]) + (f" {cell(ends, digits=1)}" if ends else "")
         table.append([name, accuracy] + [cell(values.get(key)) for key in CLASSIFICATION.values()])
     print_table(["in %", "accuracy [95 %]", *CLASSIFICATION], table, markdown)
     print()
     table = []
     for name, values, _ in named:
-        for suffix in ("", "_scaled"):
-            found = [values.get(key + suffix) for key in CALIBRATION.values()]
-            units = [(1, 3) if key in ("nll", "brier") else (100, 2) for key in CALIBRATION.values()]
-            t = values.get("temperature")
-            label = name if not suffix else f"  T = {t:.3f}" if t else "    scaled"
-            table.append([label] + [cell(value, *unit) for value, unit in zip(found, units)])
+        t = values.get("temperature")
+        for label, suffix in ((name, ""), (f"  T = {t:.3f}" if t else "    scaled", "_scaled")):
+            found = {key: values[key + suffix] for key in CALIBRATION.values()}
+            cells = [cell(v, 1, 3) if key in ("nll", "brier") else cell(v) for key, v in found.items()]
+            table.append([label, *cells])
     print_table(["in %, NLL in nats", *CALIBRATION], table, markdown)
 
 
@@ -1011,20 +1013,12 @@ AUROC: of confidence, for errors. T: the same with logits / T, where T fits the
 validation images."""
 
 
-def mean_and_spread(arm):
-    """Rows of print_scores: mean and standard deviation over the seeds of one recipe."""
-    columns = {key: [run.values[key] for run in arm] for key in arm[0].values}
-    mean = {key: float(np.mean(column)) for key, column in columns.items()}
-    deviation = {key: float(np.std(column, ddof=1)) for key, column in columns.items()}
-    return [(f"  mean of {len(arm)}", mean, None), ("  deviation", deviation, None)]
-
-
 def print_details(run, names):
     """The hardest and easiest classes of a run, and the pairs it confuses."""
-    rows = per_class_rows(run, names)
-    ranked = sorted(rows, key=lambda row: row["accuracy"])
-    cells = [f"{row['class']:<15} {100 * row['accuracy']:3.0f} [{100 * row['low']:.0f}, {100 * row['high']:.0f}]"
-             for row in ranked]  # fmt: skip
+    cells = []
+    for row in sorted(per_class_rows(run, names), key=lambda row: row["accuracy"]):
+        ends = cell([row["low"], row["high"]], digits=0)
+        cells.append(f"{row['class']:<15} {cell(row['accuracy'], digits=0):>3} {ends}")
     print(f"\n{'ten worst classes':<38} ten best, accuracy in % [95 %]")
     for worst, best in zip(cells[:10], cells[:-11:-1]):
         print(f"  {worst:<36} {best}")
@@ -1036,11 +1030,9 @@ def print_verdict(rows, markdown):
     """The table of the claims, and why some are not decided."""
     table, notes = [], {}
     for claim, estimate, ends, word in rows:
-        digits = 2 if estimate.unit == 100 else 3
-        figure, control = [cell(x, estimate.unit, digits) for x in (estimate.figure, estimate.control_value)]
-        if estimate.control_is_count:
-            control = cell(estimate.control_value, 1, 1)
-        table.append([claim.text, figure, ends_cell(ends, estimate.unit, digits), control, word])
+        style = (100, 2) if estimate.unit == 100 else (1, 3)
+        control = cell(estimate.control_value, *((1, 1) if estimate.control_is_count else style))
+        table.append([claim.text, cell(estimate.figure, *style), cell(ends, *style), control, word])
         if estimate.note:
             notes.setdefault(estimate.note, []).append(claim.text)
     print_table(["claim", "figure", "95 % interval", "control", "verdict"], table, markdown)
@@ -1053,7 +1045,7 @@ def print_verdict(rows, markdown):
 
 def print_stress(runs, markdown):
     first = runs[0].stress
-    print(f"stress, in %: {len(first.index):,} test images, {len(CORRUPTIONS)} corruptions, {first.source}")
+    print(f"\nstress, in %: {len(first.index):,} test images, {len(CORRUPTIONS)} corruptions, {first.source}")
     table = []
     for run in runs:
         s = run.stress
@@ -1081,16 +1073,14 @@ def confused_pairs(confusion, count=20):
 
 def per_class_rows(run, names):
     """One dict per class, in label order: what per_class.csv holds."""
-    confusion = run.confusion
-    hits, images, predicted = np.diag(confusion), confusion.sum(1), confusion.sum(0)
-    errors = confusion - np.diag(hits)
+    hits, images, predicted = np.diag(run.confusion), run.confusion.sum(1), run.confusion.sum(0)
+    errors = run.confusion - np.diag(hits)
     low, high = utils.wilson_interval(hits, np.maximum(images, 1))
-    superclasses = list(SUPERCLASSES)
     return [
         {
             "label": k,
             "class": names[k],
-            "superclass": superclasses[SUPERCLASS_OF[k]],
+            "superclass": list(SUPERCLASSES)[SUPERCLASS_OF[k]],
             "images": images[k],
             "accuracy": hits[k] / max(images[k], 1),  # of its images: this is the recall
             "low": low[k],
@@ -1227,8 +1217,8 @@ def draw_verdict(path, rows, title):
         axes.plot([sign * low / scale, sign * high / scale], [y, y], color=color, linewidth=2)
         axes.plot(sign * middle / scale, y, "o", color=color)
         digits, unit = (2, "points") if estimate.unit == 100 else (3, "nats")
-        text = cell(estimate.figure, estimate.unit, digits) + " " + ends_cell(ends, estimate.unit, digits)
-        axes.text(1.3, y, f"{text} {unit}", va="center", fontsize=10)
+        parts = [cell(value, estimate.unit, digits) for value in (estimate.figure, ends)]
+        axes.text(1.3, y, f"{' '.join(parts)} {unit}", va="center", fontsize=10)
     figure.suptitle(title, fontsize=12)
     utils.save_figure(figure, path)
 
@@ -1290,29 +1280,6 @@ def by_recipe(runs):
     return arms
 
 
-def recipe_change(baselines, changed):
-    """What differs between two recipes, in words: "lr 0.1 (was 0.01), smoothing 0.1 (was 0.0)"."""
-    before, after = utils.recipe(baselines[0].config), utils.recipe(changed[0].config)
-    keys = [key for key in before | after if before.get(key) != after.get(key)]
-    return ", ".join(f"{key} {after.get(key)} (was {before.get(key)})" for key in keys)
-
-
-def publish_verdict(study, title, args):
-    """Print and write the verdict on a study: verdict.json and verdict.png of the first changed run."""
-    folder = (study.changed or study.baselines)[0].folder
-    synthetic = study.baselines[0].config["dataset"] == "synthetic"
-    rows = judge(study, synthetic)
-    print_verdict(rows, args.markdown)
-    keys = ("claim", "figure", "ci95", "word", "control", "control_value")
-    claims = [dict(zip(keys, (c.text, e.figure, ends, word, e.control, e.control_value))) for c, e, ends, word in rows]
-    arms = {"baselines": [run.name for run in study.baselines], "changed": [run.name for run in study.changed]}
-    content = arms | {"dataset": study.baselines[0].config["dataset"], "claims": claims}
-    new = utils.write_json(folder / "verdict.json", content)
-    if new or not (folder / "verdict.png").exists():
-        draw_verdict(folder / "verdict.png", rows, title)
-    print(f"wrote verdict.json and verdict.png to {folder}")
-
-
 def find_runs(texts):
     """[(run_dir, config)] of the runs that can be scored: those with an epoch saved, or with logits."""
     found = []
@@ -1346,17 +1313,83 @@ def parse_args(argv):
     return args
 
 
-def main(argv=None):
-    """Evaluate the given runs; returns {run directory: {metric: value}}."""
-    args = parse_args(argv)
-    folders = find_runs(args.runs)
+def update_logits(folders, args):
+    """Compute the logits that are missing or not those of best.pt. Returns the device, None if there is no need of one."""
     where = [utils.dataset_of(*folder, args) for folder in folders]
     stale = [(d / "best.pt").exists() and (args.refresh or known_checksums(d) != checksums(d)) for d, _ in folders]
     device = utils.select_device(args.device) if any(stale) or args.stress or args.device != "auto" else None
     for (run_dir, _), (dataset, data_dir), compute in zip(folders, where, stale):
         if compute:
             compute_logits(run_dir, dataset, data_dir, device)
+    return device
 
+
+def report_scores(runs, arms, args):
+    """Print what every run scores; for the runs of one recipe their mean, deviation and ensemble."""
+    dataset = runs[0].config["dataset"]
+    table, notes = [], []
+    for arm in arms + [[run] for run in runs if not any(run in arm for arm in arms)]:
+        for run in arm:
+            table.append((run.name, run.values | {"temperature": run.temperature}, interval(run.draws["accuracy"])))
+        if len(arm) == 1:
+            continue
+        columns = {key: [run.values[key] for run in arm] for key in arm[0].values}
+        table.append((f"  mean of {len(arm)}", {key: np.mean(column) for key, column in columns.items()}, None))
+        table.append(("  deviation", {key: np.std(column, ddof=1) for key, column in columns.items()}, None))
+        together, extra = ensemble(arm)
+        table.append((f"  {together.name}", together.values, None))
+        right, parts = together.raw.correct, []
+        for what, v in extra.items():
+            means = f"{v[right].mean():.3f} where right, {v[~right].mean():.3f} where wrong"
+            parts.append(f"{what.replace('_', ' ')} {means}")
+        notes.append(f"{together.name} ({arm[0].name} ...): {'; '.join(parts)}")
+    print(f"{len(runs[0].labels):,} test images of {TITLES[dataset]}")
+    print_scores(table, dataset == "cifar100", args.markdown)
+    print(LEGEND)
+    for note in notes:
+        print(textwrap.fill(note, 79, subsequent_indent="  "))
+    if len(runs) == 1:
+        print_details(runs[0], class_names(dataset))
+
+
+def report_claims(study, args):
+    """Print the verdict on a study; write verdict.json, verdict.png and stress.png of the first changed run."""
+    first, folder = study.baselines[0], study.arms[-1][0].folder
+    dataset = first.config["dataset"]
+    what = f"What the study says of one recipe, {first.name}"
+    if study.changed:
+        before, after = utils.recipe(first.config), utils.recipe(study.changed[0].config)
+        keys = [key for key in before | after if before.get(key) != after.get(key)]
+        changes = [f"{key} {after.get(key)} (was {before.get(key)})" for key in keys]
+        what = f"What changes with {', '.join(changes)}"
+    seeds = " against ".join(", ".join(str(run.seed) for run in arm) for arm in study.arms)
+    print("\n" + textwrap.fill(f"{what}; seeds {seeds}", 79))
+    rows = judge(study, dataset == "synthetic")
+    print_verdict(rows, args.markdown)
+    content = {"baselines": [run.name for run in study.baselines], "changed": [run.name for run in study.changed]}
+    content |= {"dataset": dataset, "claims": []}
+    for claim, estimate, ends, word in rows:
+        row = {"claim": claim.text, "figure": estimate.figure, "ci95": ends, "word": word}
+        content["claims"].append(row | {"control": estimate.control, "control_value": estimate.control_value})
+    new = utils.write_json(folder / "verdict.json", content)
+    if new or not (folder / "verdict.png").exists():
+        epochs = first.config["args"].get("epochs")
+        title = f"{what}: do the claims hold? {TITLES[dataset]}, {epochs} epochs, seeds {seeds}"
+        draw_verdict(folder / "verdict.png", rows, title)
+    print(f"wrote verdict.json and verdict.png to {folder}")
+    stressed = [arm for arm in study.arms if all(run.stress for run in arm)]
+    if stressed and (args.stress or not (folder / "stress.png").exists()):
+        source = stressed[0][0].stress.source
+        draw_stress(folder / "stress.png", stressed, f"{TITLES[dataset]} under stress, {source}")
+
+
+def main(argv=None):
+    """Evaluate the given runs; returns {run directory: {metric: value}}."""
+    args = parse_args(argv)
+
+    # logits and metrics of every run
+    folders = find_runs(args.runs)
+    device = update_logits(folders, args)
     runs = [read_run(*folder) for folder in folders]
     comparable = [run for run in runs if np.array_equal(run.labels, runs[0].labels)]
     for run in runs:
@@ -1368,50 +1401,21 @@ def main(argv=None):
         run.measure(weights if run in comparable else resample(run.labels))
         write_run(run, args)
         run.stress = None if args.refresh and args.stress else read_stress(run)
+    report_scores(runs, arms, args)
 
-    dataset = runs[0].config["dataset"]
-    table, uncertainty = [], []
-    for arm in arms + [[run] for run in runs if not any(run in arm for arm in arms)]:
-        for run in arm:
-            table.append((run.name, run.values | {"temperature": run.temperature}, interval(run.draws["accuracy"])))
-        if len(arm) > 1:
-            together, extra = ensemble(arm)
-            table += [*mean_and_spread(arm), (f"  {together.name}", together.values, None)]
-            uncertainty.append((f"{together.name} ({arm[0].name} ...)", extra, together.raw.correct))
-    print(f"{len(runs[0].labels):,} test images of {TITLES[dataset]}")
-    print_scores(table, dataset == "cifar100", args.markdown)
-    print(LEGEND)
-    for name, extra, correct in uncertainty:
-        parts = [f"{what.replace('_', ' ')} {v[correct].mean():.3f} where right, {v[~correct].mean():.3f} where wrong"
-                 for what, v in extra.items()]  # fmt: skip
-        print(textwrap.fill(f"{name}: " + "; ".join(parts), 79, subsequent_indent="  "))
-    if len(runs) == 1:
-        print_details(runs[0], class_names(dataset))
-
+    # stress
     if args.stress:
         test = StressTest(args, comparable, arms[0], device)
         for run in comparable:
             test.measure(run)
     stressed = [run for run in comparable if run.stress]
     if stressed:
-        print()
         print_stress(stressed, args.markdown)
+
+    # claims: every other recipe against the first one
     for changed in arms[1:] or [[]]:
-        study = Study(arms[0], changed, weights)
-        if changed:
-            what = f"What changes with {recipe_change(arms[0], changed)}"
-        else:
-            what = f"What the study says of one recipe, {arms[0][0].name}"
-        seeds = [", ".join(str(run.seed) for run in arm) for arm in (arms[0], changed) if arm]
-        epochs = arms[0][0].config["args"].get("epochs")
-        print("\n" + textwrap.fill(f"{what}; seeds {' against '.join(seeds)}", 79))
-        title = f"{what}: do the claims hold? {TITLES[dataset]}, {epochs} epochs, seeds {' against '.join(seeds)}"
-        publish_verdict(study, title, args)
-        both = [arm for arm in (arms[0], changed) if arm and all(run.stress for run in arm)]
-        folder = (changed or arms[0])[0].folder
-        if both and (args.stress or not (folder / "stress.png").exists()):
-            draw_stress(folder / "stress.png", both, f"{TITLES[dataset]} under stress, {both[0][0].stress.source}")
-    others = [utils.quote(arm[0].folder) for arm in arms[1:]] + [utils.quote(run.folder) for run in arms[0][1:]]
+        report_claims(Study(arms[0], changed, weights), args)
+    others = [utils.quote(run.folder) for run in [arm[0] for arm in arms[1:]] + arms[0][1:]]
     compare = f" --compare {' '.join(others)}" if others else ""
     print(f"next: python failures.py {utils.quote(runs[0].folder)}{compare}")
     return {str(run.folder): run.values for run in runs}
