@@ -8,20 +8,20 @@ Runs of one recipe differ in the seed alone. The first recipe is the baseline;
 every other one gets a verdict on the study's claims, with intervals that
 cover the choice of test images and the randomness of training.
 
-The file in the order of its story: logits of a run -> what is known of each
-image -> metrics, as weighted means over images -> bootstrap weights, which
-give the intervals -> claims, as arithmetic on the same draws -> tables and
-pictures. To add a metric, add a line to metrics(); to add a claim, add an
-entry to CLAIMS.
+The idea: a metric is a weighted mean over the test images. Weights of one
+give its value, the weights of a bootstrap resample one draw of it, many draws
+its interval; a claim is arithmetic on the draws of several runs. To add a
+metric, add a line to metrics(); to add a claim, add an entry to CLAIMS.
+The file follows this order: logits, the scores of each image, metrics,
+resamples, claims, stress, tables and pictures, main.
 
 Writes into each run directory test_logits.npy (10000, 100) float32 and
 test_labels.npy (10000,) int64, where row i is test image i; the same for the
 validation images; metrics.json (fractions, 95 % intervals under ci95);
-confusion.npy (row = true class, column = predicted), confusion.png,
-per_class.csv, per_class.png and reliability.png. The verdict goes to
-verdict.json and verdict.png of the first changed run. --stress adds
-stress_preds.npy, stress_confidence.npy, stress.csv and stress.png. Logits
-that are there already are not computed again.
+confusion.npy (row = true class, column = predicted) and .png, per_class.csv
+and .png, reliability.png; into the first changed run verdict.json and .png.
+--stress adds stress_preds.npy, stress_confidence.npy, stress.csv and .png.
+Logits that are there already are not computed again.
 """
 
 import functools
@@ -446,26 +446,27 @@ def level(arm, arms, seed=0):
     return arm.mean, with_noise(arm.mean, arm.draws.mean(0), arm.image_noise, s / len(arm.values) ** 0.5, degrees, seed)
 
 
-def change(arms, figure=None, draws=None, **about):
-    """The Estimate of the changed runs' mean minus the baselines', if no other figure and image draws are given.
+def change(arms, control=None, control_value=None, difference=None, unit=100):
+    """The Estimate of the changed runs' mean minus the baselines'; difference: another (figure, draws over images).
 
-    Its control is the deviation between seeds, if `about` names no other.
+    Its control is the deviation between seeds, if no other is named.
     """
     before, after = arms
-    if figure is None:
-        figure, draws = after.mean - before.mean, after.draws.mean(0) - before.draws.mean(0)
+    figure, draws = difference or (after.mean - before.mean, after.draws.mean(0) - before.draws.mean(0))
     s, degrees = spread(arms)
     error = s * math.sqrt(1 / len(before.values) + 1 / len(after.values))
     noisy = with_noise(figure, draws, before.image_noise + after.image_noise, error, degrees)
     dots = tuple(arm.values - before.mean for arm in arms)
-    return Estimate(figure, noisy, **{"control": "deviation between seeds", "control_value": s, "dots": dots} | about)
+    if control is None:
+        control, control_value = "deviation between seeds", s
+    return Estimate(figure, noisy, control, control_value, dots=dots, unit=unit)
 
 
 def confident_errors_fall(study):
     """Under smoothing by construction: its targets are at most 1 - a + a / 100."""
     a = study.changed[0].config["args"].get("smoothing") or 0
-    control = {"control": f"highest target under smoothing {a:g}", "control_value": 1 - a + a / 100} if a else {}
-    return change(study.metric("confident_errors"), **control)
+    control = (f"highest target under smoothing {a:g}", 1 - a + a / 100) if a else ()
+    return change(study.metric("confident_errors"), *control)
 
 
 def errors_at_equal_coverage(study):
@@ -516,13 +517,7 @@ def confidence_on_failures(study, kind):
     relative = mean(table - mean(table, 1)[:, None], 0)  # of each run, over its sets: how far it is from the set's mean
     used = [[row for row in rows if not np.isnan(row[0])] for rows in (relative[:split], relative[split:])]
     arms = [arm_of([(row[0], row[1:]) for row in rows]) for rows in used]
-    control = {"control": "what another baseline seed does", "control_value": float(np.mean(drops))}
-    return change(arms, difference[0], difference[1:], **control)
-
-
-def over_confidence_falls(study):
-    """A mean: without the floor and the bias that an absolute value has."""
-    return change(study.metric("signed_gap"), control="no change", control_value=0.0)
+    return change(arms, "what another baseline seed does", np.mean(drops), (difference[0], difference[1:]))
 
 
 def calibration_improves(study):
@@ -534,14 +529,9 @@ def calibration_improves(study):
     return Estimate(abs(after) - abs(before), draws, "deviation between seeds", spread(arms)[0], dots=dots)
 
 
-def generalization_improves(study):
-    """NLL after temperature scaling, which takes out what one number per run would mend."""
-    return change(study.mean(lambda run: run.scaled.nll), unit=1)
-
-
 def errors_stay_in_superclass(study):
     arms = study.metric("errors_within_superclass")
-    chance = float(np.mean([chance_within_superclass(run.confusion) for run in study.baselines]))
+    chance = np.mean([chance_within_superclass(run.confusion) for run in study.baselines])
     figure, draws = level(arms[0], arms)
     control = f"chance; the figure is {figure / chance:.1f} times that"
     return Estimate(figure, draws, control, chance, reference=chance, dots=(arms[0].values - chance, ()))
@@ -553,12 +543,13 @@ def small_animals_are_worst(study):
     small = np.isin(labels, SMALL_ANIMALS)
     signed = np.where(small, 1 / small.mean(), -1 / (~small).mean())
     arms = study.mean(lambda run: run.raw.correct * signed)
-    figure, draws = level(arms[0], arms)
-    hits = [np.bincount(labels, run.raw.correct, NUM_CLASSES) for run in study.baselines]  # of equally many images
-    worst = [np.argsort(of_class, kind="stable")[:10] for of_class in hits]
-    among = float(np.mean([np.isin(ten, SMALL_ANIMALS).sum() for ten in worst]))
+    among = []
+    for run in study.baselines:
+        hits = np.bincount(labels, run.raw.correct, NUM_CLASSES)  # of equally many images
+        among.append(np.isin(np.argsort(hits, kind="stable")[:10], SMALL_ANIMALS).sum())
     control = f"of the ten worst classes; {len(SMALL_ANIMALS) / 10:g} by chance"
-    return Estimate(figure, draws, control, among, dots=(arms[0].values, ()), control_is_count=True)
+    about = {"dots": (arms[0].values, ()), "control_is_count": True}
+    return Estimate(*level(arms[0], arms), control, np.mean(among), **about)
 
 
 def attention_on_border(study):
@@ -571,16 +562,15 @@ def attention_on_border(study):
         border = [np.array([row["border_drop"] > row["centre_drop"] for row in rows]) for rows in (failures, matched)]
         shares.append([part.mean() for part in border])
         difference = border[0].astype(float) - border[1]
-        weights = study.weights[:, [row["index"] for row in failures]]
-        pairs.append((difference.mean(), weighted_mean(difference, weights)))
+        drawn = weighted_mean(difference, study.weights[:, [row["index"] for row in failures]])
+        pairs.append((difference.mean(), drawn))
     if not pairs:
         return undecided("needs 10 confident failures that went through failures.py and gradcam.py")
     arm = arm_of(pairs)
-    figure, draws = level(arm, [arm])
     of_failures, of_matched = np.mean(shares, 0)
     control = f"of matched correct predictions; {100 * of_failures:.1f} of failures"
     few = "attention of one baseline alone" if len(pairs) == 1 else ""
-    return Estimate(figure, draws, control, of_matched, dots=(arm.values, ()), note=few)
+    return Estimate(*level(arm, [arm]), control, of_matched, dots=(arm.values, ()), note=few)
 
 
 def worse_after_peak(column, sign, side):
@@ -608,10 +598,9 @@ def worse_after_peak(column, sign, side):
             values.append(curve[peak] - curve[-1])
         if len(values) < 2:
             return undecided("needs the log.csv of two runs of the recipe")
-        arm = arm_of([(value, np.zeros(RESAMPLES)) for value in values])
-        figure, draws = level(arm, [arm])
+        arm = arm_of([(value, np.zeros(RESAMPLES)) for value in values])  # no test images, no choice of them
         about = {"unit": 100 if sign == 1 else 1, "control_is_count": True, "dots": (arm.values, ())}
-        return Estimate(figure, draws, "epoch of the peak", float(np.mean(epochs)), **about)
+        return Estimate(*level(arm, [arm]), "epoch of the peak", np.mean(epochs), **about)
 
     return statistic
 
@@ -637,7 +626,7 @@ def stress_change(study, condition, control, before, after):
     arms = study.mean(lambda run: run.stress.correct(*condition), resample(found[0].labels, seed=1))
     before = np.mean([run.stress.accuracy(*before) for run in study.baselines])
     after = np.mean([run.stress.accuracy(*after) for run in study.changed])
-    return change(arms, control=control, control_value=float(after - before))
+    return change(arms, control, after - before)
 
 
 @dataclass
@@ -651,15 +640,17 @@ class Claim:
 # What the study says in words, and one thing that it does not (AUROC). The list and the margin were fixed after
 # six-epoch runs and before the 40-epoch ones.
 CLAIMS = [
-    Claim("accuracy stays within 1 point", "within", lambda study: change(study.metric("accuracy"))),
+    Claim("accuracy stays within 1 point", "within", lambda s: change(s.metric("accuracy"))),
     Claim("fewer confident errors (> 0.90)", "below", confident_errors_fall),
     Claim("fewer errors at equal coverage", "below", errors_at_equal_coverage),
-    Claim("earlier failures less confident", "below", lambda study: confidence_on_failures(study, "raw")),
-    Claim("the same, temperature-scaled", "below", lambda study: confidence_on_failures(study, "scaled")),
-    Claim("over-confidence falls", "below", over_confidence_falls),
+    Claim("earlier failures less confident", "below", lambda s: confidence_on_failures(s, "raw")),
+    Claim("the same, temperature-scaled", "below", lambda s: confidence_on_failures(s, "scaled")),
+    # the gap is a mean: without the floor and the bias that an absolute value has
+    Claim("over-confidence falls", "below", lambda s: change(s.metric("signed_gap"), "no change", 0.0)),
     Claim("calibration improves (gap)", "below", calibration_improves),
-    Claim("generalizes better (NLL, scaled)", "below", generalization_improves),
-    Claim("ranks its errors better (AUROC)", "above", lambda study: change(study.metric("auroc_failure"))),
+    # scaled: without what one number per run would mend
+    Claim("generalizes better (NLL, scaled)", "below", lambda s: change(s.mean(lambda run: run.scaled.nll), unit=1)),
+    Claim("ranks its errors better (AUROC)", "above", lambda s: change(s.metric("auroc_failure"))),
     Claim("more accurate under corruption", "above", accurate_under_corruption),
     Claim("more accurate under PGD at 1/255", "above", accurate_under_attack),
     Claim("errors stay inside superclasses", "above", errors_stay_in_superclass, (0,)),
@@ -770,10 +761,13 @@ class Stress:
         found = enumerate(CONDITIONS)
         return [k for k, c in found if c[0] == kind and name in (None, c[1]) and strength in (None, c[2])]
 
+    def share(self, rows, hits):
+        """(N,): the share of these conditions in which hits (conditions, N) is true; NaN if one is not measured."""
+        return np.where(np.isnan(self.confidence[rows]), np.nan, hits[rows]).mean(0)
+
     def correct(self, kind, strength=None, name=None):
-        """(N,): share of these conditions under which an image is classified correctly; NaN if not measured."""
-        rows = self.rows(kind, strength, name)
-        return np.where(np.isnan(self.confidence[rows]), np.nan, self.preds[rows] == self.labels).mean(0)
+        """(N,): share of these conditions under which an image is classified correctly."""
+        return self.share(self.rows(kind, strength, name), self.preds == self.labels)
 
     def accuracy(self, kind, strength=None, name=None):
         return float(self.correct(kind, strength, name).mean())
@@ -783,10 +777,8 @@ class Stress:
 
     @property
     def shift_changes(self):
-        """Share of the one-pixel shifts that change the prediction; NaN if not measured."""
-        rows = self.rows("shift")
-        missing = np.isnan(self.confidence[rows]).any()
-        return math.nan if missing else float((self.preds[rows] != self.preds[0]).mean())
+        """Share of the one-pixel shifts that change the prediction."""
+        return float(self.share(self.rows("shift"), self.preds != self.preds[0]).mean())
 
 
 def attack(model, images, labels, epsilon, steps, autocast):
@@ -819,14 +811,20 @@ def first_of_each_class(labels, count):
     return np.sort(by_class[:, : count // NUM_CLASSES].ravel())
 
 
-def read_cifar_c(folder, name, shape):
-    """labels.npy or a corruption of the authors' CIFAR-100-C: 5 severities of 10,000 images, one after the other."""
+def read_array(path, shape, kinds, made_by, what):
+    """A .npy file, which must hold an array of this shape, with a dtype of these kinds ("iu": integers)."""
 
     def check(array):
-        utils.require(array.shape == shape and array.dtype.kind in "iu", f"{array.dtype} {array.shape}")
+        sound = array.shape == shape and array.dtype.kind in kinds
+        utils.require(sound, f"{array.dtype} {array.shape} instead of {kinds} {shape}")
 
+    return utils.read_npy(path, made_by, what, check)
+
+
+def read_cifar_c(folder, name, shape):
+    """labels.npy or a corruption of the authors' CIFAR-100-C: 5 severities of 10,000 images, one after the other."""
     made_by = "a download of CIFAR-100-C (zenodo.org/records/3555552)"
-    return utils.read_npy(Path(folder).expanduser() / f"{name}.npy", made_by, f"integers {shape}", check)
+    return read_array(Path(folder).expanduser() / f"{name}.npy", shape, "iu", made_by, f"integers {shape}")
 
 
 class StressTest:
@@ -941,15 +939,8 @@ def read_stress(run):
         return None
     index = first_of_each_class(run.labels, rows[0]["images"])
     shape = (len(CONDITIONS), len(index))
-
-    def load(what, dtype):
-        def check(array):
-            sound = array.shape == shape and array.dtype == dtype
-            utils.require(sound, f"{array.dtype} {array.shape}, {dtype} {shape} is wanted")
-
-        return utils.read_npy(run.folder / f"stress_{what}.npy", made_by, "stress results", check)
-
-    preds, confidence = load("preds", "uint8"), load("confidence", "float32")
+    preds = read_array(run.folder / "stress_preds.npy", shape, "u", made_by, "stress results")
+    confidence = read_array(run.folder / "stress_confidence.npy", shape, "f", made_by, "stress results")
     about = rows[0]["source"], rows[0]["checkpoint"], rows[-1]["victim"]  # the last condition is a transfer
     return Stress(index, run.labels[index], preds, confidence, *about)
 
@@ -970,7 +961,7 @@ def print_table(header, rows, markdown=False):
         if len(cells[0]) > widths[0]:
             print(cells[0])
             cells = ["", *cells[1:]]
-        print(f"{cells[0]:<{widths[0]}} " + " ".join(f"{cell:>{w}}" for cell, w in zip(cells[1:], widths[1:])))
+        print(f"{cells[0]:<{widths[0]}} " + " ".join(f"{text:>{w}}" for text, w in zip(cells[1:], widths[1:])))
 
 
 def cell(value, unit=100, digits=2):
@@ -1205,7 +1196,7 @@ def draw_verdict(path, rows, title):
             axes.text(1.3, y, "no figure", va="center", fontsize=10, color=utils.GRAY)
             continue
         sign = -1 if claim.side == "below" else 1  # the claimed side is always to the right
-        low, middle, high = np.array([ends[0], estimate.figure, ends[1]]) - estimate.reference
+        low, middle, high = sign * (np.array([ends[0], estimate.figure, ends[1]]) - estimate.reference)
         margin = MARGIN if claim.side == "within" else 0
         scale = 1.1 * max(abs(low), abs(high), 1.5 * margin, 1e-9)
         left, right = (-margin / scale, margin / scale) if margin else (0, 1)
@@ -1214,8 +1205,8 @@ def draw_verdict(path, rows, title):
         for dots, shift, edge in zip(estimate.dots, (-0.22, 0.22), (utils.GRAY, color)):
             inside = [sign * dot / scale for dot in dots if abs(dot) <= scale]
             axes.plot(inside, [y + shift] * len(inside), "o", color=edge, markersize=3, alpha=0.7)
-        axes.plot([sign * low / scale, sign * high / scale], [y, y], color=color, linewidth=2)
-        axes.plot(sign * middle / scale, y, "o", color=color)
+        axes.plot([low / scale, high / scale], [y, y], color=color, linewidth=2)
+        axes.plot(middle / scale, y, "o", color=color)
         digits, unit = (2, "points") if estimate.unit == 100 else (3, "nats")
         parts = [cell(value, estimate.unit, digits) for value in (estimate.figure, ends)]
         axes.text(1.3, y, f"{' '.join(parts)} {unit}", va="center", fontsize=10)
@@ -1288,8 +1279,8 @@ def find_runs(texts):
         usable = any((run_dir / name).exists() for name in ("best.pt", "test_logits.npy"))
         if run_dir.is_dir() and not usable:
             warn(f"{run_dir} has no saved epoch and is passed over")
-            continue
-        found.append(utils.open_run(text))
+        else:
+            found.append(utils.open_run(text))
     if not found:
         raise ScriptError("no run with a saved epoch among those given; run python train.py first")
     return found
@@ -1314,7 +1305,7 @@ def parse_args(argv):
 
 
 def update_logits(folders, args):
-    """Compute the logits that are missing or not those of best.pt. Returns the device, None if there is no need of one."""
+    """Compute the logits that are missing or not those of best.pt. Returns the device, None if none is needed."""
     where = [utils.dataset_of(*folder, args) for folder in folders]
     stale = [(d / "best.pt").exists() and (args.refresh or known_checksums(d) != checksums(d)) for d, _ in folders]
     device = utils.select_device(args.device) if any(stale) or args.stress or args.device != "auto" else None
