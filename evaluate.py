@@ -821,10 +821,12 @@ def read_array(path, shape, kinds, made_by, what):
     return utils.read_npy(path, made_by, what, check)
 
 
-def read_cifar_c(folder, name, shape):
-    """labels.npy or a corruption of the authors' CIFAR-100-C: 5 severities of 10,000 images, one after the other."""
+def read_cifar_c(folder, name, severity, index, shape=(32, 32, 3)):
+    """Test images of these indices in the authors' CIFAR-100-C: 5 severities of 10,000, one after the other."""
+    path, shape = Path(folder).expanduser() / f"{name}.npy", (50_000, *shape)
     made_by = "a download of CIFAR-100-C (zenodo.org/records/3555552)"
-    return read_array(Path(folder).expanduser() / f"{name}.npy", shape, "iu", made_by, f"integers {shape}")
+    array = read_array(path, shape, "iu", made_by, f"integers {shape}")
+    return torch.from_numpy(array[(severity - 1) * 10_000 + index])
 
 
 class StressTest:
@@ -839,25 +841,20 @@ class StressTest:
         self.images, self.labels = images[self.index], labels[self.index]
         self.cifar_c, self.source = args.cifar_c, "CIFAR-100-C" if args.cifar_c else "CIFAR-100-C style"
         if args.cifar_c:
-            found = read_cifar_c(args.cifar_c, "labels", (50_000,))
-            if not np.array_equal(found[self.index], self.labels):
+            found = read_cifar_c(args.cifar_c, "labels", 1, self.index, shape=())
+            if not np.array_equal(found, self.labels):
                 raise ScriptError(f"{args.cifar_c}: labels.npy has other labels than the test set; set --cifar-c")
         self.baselines, self.device = baselines, device
         dtype, _ = utils.select_precision("auto", device)
         self.autocast = functools.partial(torch.autocast, device.type, dtype, enabled=dtype is not None)
 
-    def corrupted(self, name, severity):
-        """The images under a corruption, (N, 32, 32, 3) uint8."""
-        if not self.cifar_c:
-            return corrupt(self.images, name, severity)
-        images = read_cifar_c(self.cifar_c, name, (50_000, 32, 32, 3))
-        return torch.from_numpy(images[(severity - 1) * 10_000 + self.index])
-
     def batches(self, kind, name, strength, attacked):
         """The images of a condition, (B, 32, 32, 3) in 0..255 on the device, 250 at a time."""
         images = self.images
-        if kind == "corruption":
-            images = self.corrupted(name, strength)
+        if kind == "corruption" and self.cifar_c:
+            images = read_cifar_c(self.cifar_c, name, strength, self.index)
+        elif kind == "corruption":
+            images = corrupt(images, name, strength)
         elif kind == "shift":
             dy, dx = map(int, name.split())
             padded = F.pad(images, (0, 0, 1, 1, 1, 1))  # black, as in the training's crops
@@ -1306,12 +1303,14 @@ def parse_args(argv):
 
 def update_logits(folders, args):
     """Compute the logits that are missing or not those of best.pt. Returns the device, None if none is needed."""
-    where = [utils.dataset_of(*folder, args) for folder in folders]
-    stale = [(d / "best.pt").exists() and (args.refresh or known_checksums(d) != checksums(d)) for d, _ in folders]
-    device = utils.select_device(args.device) if any(stale) or args.stress or args.device != "auto" else None
-    for (run_dir, _), (dataset, data_dir), compute in zip(folders, where, stale):
-        if compute:
-            compute_logits(run_dir, dataset, data_dir, device)
+    stale = []
+    for run_dir, config in folders:
+        place = run_dir, *utils.dataset_of(run_dir, config, args)
+        if (run_dir / "best.pt").exists() and (args.refresh or known_checksums(run_dir) != checksums(run_dir)):
+            stale.append(place)
+    device = utils.select_device(args.device) if stale or args.stress or args.device != "auto" else None
+    for place in stale:
+        compute_logits(*place, device)
     return device
 
 
