@@ -446,6 +446,12 @@ def level(arm, arms, seed=0):
     return arm.mean, with_noise(arm.mean, arm.draws.mean(0), arm.image_noise, s / len(arm.values) ** 0.5, degrees, seed)
 
 
+def one_recipe(arm, arms, control, control_value, reference=0.0, **about):
+    """The Estimate of the mean of one arm, against a reference."""
+    dots = (arm.values - reference, ())
+    return Estimate(*level(arm, arms), control, control_value, reference, dots, **about)
+
+
 def change(arms, control=None, control_value=None, difference=None, unit=100):
     """The Estimate of the changed runs' mean minus the baselines'; difference: another (figure, draws over images).
 
@@ -532,9 +538,8 @@ def calibration_improves(study):
 def errors_stay_in_superclass(study):
     arms = study.metric("errors_within_superclass")
     chance = np.mean([chance_within_superclass(run.confusion) for run in study.baselines])
-    figure, draws = level(arms[0], arms)
-    control = f"chance; the figure is {figure / chance:.1f} times that"
-    return Estimate(figure, draws, control, chance, reference=chance, dots=(arms[0].values - chance, ()))
+    control = f"chance; the figure is {arms[0].mean / chance:.1f} times that"
+    return one_recipe(arms[0], arms, control, chance, reference=chance)
 
 
 def small_animals_are_worst(study):
@@ -548,8 +553,7 @@ def small_animals_are_worst(study):
         hits = np.bincount(labels, run.raw.correct, NUM_CLASSES)  # of equally many images
         among.append(np.isin(np.argsort(hits, kind="stable")[:10], SMALL_ANIMALS).sum())
     control = f"of the ten worst classes; {len(SMALL_ANIMALS) / 10:g} by chance"
-    about = {"dots": (arms[0].values, ()), "control_is_count": True}
-    return Estimate(*level(arms[0], arms), control, np.mean(among), **about)
+    return one_recipe(arms[0], arms, control, np.mean(among), control_is_count=True)
 
 
 def attention_on_border(study):
@@ -570,7 +574,7 @@ def attention_on_border(study):
     of_failures, of_matched = np.mean(shares, 0)
     control = f"of matched correct predictions; {100 * of_failures:.1f} of failures"
     few = "attention of one baseline alone" if len(pairs) == 1 else ""
-    return Estimate(*level(arm, [arm]), control, of_matched, dots=(arm.values, ()), note=few)
+    return one_recipe(arm, [arm], control, of_matched, note=few)
 
 
 def worse_after_peak(column, sign, side):
@@ -599,8 +603,8 @@ def worse_after_peak(column, sign, side):
         if len(values) < 2:
             return undecided("needs the log.csv of two runs of the recipe")
         arm = arm_of([(value, np.zeros(RESAMPLES)) for value in values])  # no test images, no choice of them
-        about = {"unit": 100 if sign == 1 else 1, "control_is_count": True, "dots": (arm.values, ())}
-        return Estimate(*level(arm, [arm]), "epoch of the peak", np.mean(epochs), **about)
+        unit = 100 if sign == 1 else 1
+        return one_recipe(arm, [arm], "epoch of the peak", np.mean(epochs), unit=unit, control_is_count=True)
 
     return statistic
 
@@ -1091,9 +1095,8 @@ def draw_confusion(path, run, names, title):
     np.fill_diagonal(shown, np.nan)  # the hits would own the colour scale
     shown[shown == 0] = np.nan
     picture = matrix.imshow(shown, cmap="viridis", norm=LogNorm(1, max(2, np.nanmax(shown, initial=1))))
-    families = [name.replace("_", " ") for name in SUPERCLASSES]
-    if names[0] != "apple":  # the synthetic set has no superclasses with names
-        families = [f"group {k}" for k in range(20)]
+    real = names[0] == "apple"  # the synthetic set has no superclasses with names
+    families = [name.replace("_", " ") if real else f"group {k}" for k, name in enumerate(SUPERCLASSES)]
     matrix.set_xticks(np.arange(2, 100, 5), families, rotation=90, fontsize=9)
     matrix.set_yticks(np.arange(2, 100, 5), families, fontsize=9)
     for edge in range(0, NUM_CLASSES, 5):  # a frame around the five classes of each superclass
@@ -1142,8 +1145,8 @@ def draw_reliability(path, run, names, title):
         top.bar(centers[filled], accuracy, 1 / 15, color=utils.BLUE, edgecolor="white", label="accuracy in the bin")
         top.plot(confidence, confidence, "D", color=utils.VERMILION, markersize=4, label="mean confidence in the bin")
         top.plot([0, 1], [0, 1], "--", color=utils.GRAY, label="perfectly calibrated")
-        ece, floor = 100 * run.values[f"ece{suffix}"], 100 * run.values[f"ece_null{suffix}"]
-        top.set(title=f"{label}: ECE {ece:.2f} % ({floor:.2f} % if calibrated)", xlim=(0, 1), ylim=(0, 1))
+        ece, floor = cell(run.values[f"ece{suffix}"]), cell(run.values[f"ece_null{suffix}"])
+        top.set(title=f"{label}: ECE {ece} % ({floor} % if calibrated)", xlim=(0, 1), ylim=(0, 1))
         bottom.bar(centers, count, 1 / 15, color=utils.GRAY, edgecolor="white")
         bottom.set(xlabel="confidence (largest probability)")
     axes[0, 0].set(ylabel="accuracy")
@@ -1214,8 +1217,9 @@ def draw_verdict(path, rows, title):
 def draw_stress(path, arms, title):
     """Accuracy by corruption; accuracy and confidence against severity; accuracy under attack."""
     figure, (left, middle, right) = utils.new_figure(15, 5, 1, 3)
-    base = arms[0][0].stress
-    names = sorted(CORRUPTIONS, key=lambda name: base.accuracy("corruption", name=name))
+    names = sorted(CORRUPTIONS, key=lambda name: arms[0][0].stress.accuracy("corruption", name=name))
+    severities = range(6)  # 0: clean
+    points = [("clean", None)] + [("corruption", severity) for severity in severities[1:]]
     for arm, color in zip(arms, (utils.BLUE, utils.VERMILION, utils.GRAY)):
         label, found = arm[0].name, [run.stress for run in arm]
 
@@ -1225,11 +1229,9 @@ def draw_stress(path, arms, title):
         for k, stress in enumerate(found):
             values = [100 * stress.accuracy("corruption", name=name) for name in names]
             left.plot(values, range(len(names)), "o", color=color, markersize=4, label=label if k == 0 else None)
-        left.axvline(mean(lambda s: s.accuracy("clean")), color=color, linewidth=0.8)
-        severities = range(6)  # 0: clean
-        points = [("clean", None)] + [("corruption", severity) for severity in severities[1:]]
         accuracy = [mean(lambda s: s.accuracy(*point)) for point in points]
         confidence = [mean(lambda s: s.mean_confidence(*point)) for point in points]
+        left.axvline(accuracy[0], color=color, linewidth=0.8)
         middle.plot(severities, accuracy, "-o", color=color, markersize=4, label=f"{label}: accuracy")
         middle.plot(severities, confidence, "--", color=color, label=f"{label}: mean confidence")
         middle.fill_between(severities, accuracy, confidence, color=color, alpha=0.12)
