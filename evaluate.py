@@ -8,25 +8,24 @@ Runs of one recipe differ in the seed alone. The first recipe is the baseline;
 every other one gets a verdict on the study's claims, with intervals that
 cover the choice of test images and the randomness of training.
 
-The file in the order of its story: logits of a run -> what is known of each
-image -> metrics, as weighted means over images -> bootstrap weights, which
-give the intervals -> claims, as arithmetic on the same draws -> tables and
-pictures. To add a metric, add a line to metrics(); to add a claim, add an
-entry to CLAIMS.
+The idea: a metric is a weighted mean over the test images. Weights of one
+give its value, the weights of a bootstrap resample one draw of it, many draws
+its interval; a claim is arithmetic on the draws of several runs. To add a
+metric, add a line to metrics(); to add a claim, add an entry to CLAIMS.
+The file follows this order: logits, the scores of each image, metrics,
+resamples, claims, stress, tables and pictures, main.
 
 Writes into each run directory test_logits.npy (10000, 100) float32 and
 test_labels.npy (10000,) int64, where row i is test image i; the same for the
 validation images; metrics.json (fractions, 95 % intervals under ci95);
-confusion.npy (row = true class, column = predicted), confusion.png,
-per_class.csv, per_class.png and reliability.png. The verdict goes to
-verdict.json and verdict.png of the first changed run. --stress adds
-stress_preds.npy, stress_confidence.npy, stress.csv and stress.png. Logits
-that are there already are not computed again.
+confusion.npy (row = true class, column = predicted) and .png, per_class.csv
+and .png, reliability.png; into the first changed run verdict.json and .png.
+--stress adds stress_preds.npy, stress_confidence.npy, stress.csv and .png.
+Logits that are there already are not computed again.
 """
 
 import functools
 import itertools
-import json
 import math
 import textwrap
 import time
@@ -89,8 +88,8 @@ def checksums(run_dir):
 def known_checksums(run_dir):
     """The checksums in metrics.json, or {} if there are none or it is damaged: then the scores are made anew."""
     try:
-        return dict(json.loads((run_dir / "metrics.json").read_text())["sha256"])
-    except (OSError, ValueError, KeyError, TypeError):
+        return utils.recorded_checksums(run_dir)
+    except ScriptError:
         return {}
 
 
@@ -134,31 +133,21 @@ def score_images(logits, labels):
 
 
 def fit_temperature(logits, labels):
-    """The T > 0 that minimises the NLL of logits / T, Guo et al., arXiv:1706.04599.
+    """The T in 0.01..100 that minimises the NLL of logits / T, Guo et al., arXiv:1706.04599.
 
-    Fit it on images held out from training, and never on those that are scored. The NLL is convex in b = 1/T;
-    its derivative is the mean of (sum_k p_k z_k) - z_y, its second derivative the mean variance of z under p:
-    Newton's method. Searched in 0.01..100; where the NLL has no minimum there, as with no error at all, the
-    nearer bound comes back.
+    Fit it on images held out from training, and never on those that are scored. The NLL is convex in b = 1/T,
+    so its slope, the mean of (sum_k p_k z_k) - z_y, changes sign once: bisection. Where it does not, as with no
+    error at all, the nearer bound comes back.
     """
     true_logits = logits[np.arange(len(labels)), labels]
-
-    def derivatives(b):
+    low, high = 0.01, 100.0
+    for _ in range(45):  # ln(high / low) from 9.2 to 3e-13
+        b = math.sqrt(low * high)
         probs = np.exp(log_softmax(b * logits))
-        mean = (probs * logits).sum(1)
-        return (mean - true_logits).mean(), ((probs * logits**2).sum(1) - mean**2).mean()
-
-    if derivatives(100.0)[0] <= 0:
-        return 0.01
-    if derivatives(0.01)[0] >= 0:
-        return 100.0
-    b = 1.0
-    for _ in range(100):
-        slope, curvature = derivatives(b)
-        new = min(max(b - slope / max(curvature, 1e-12), b / 2), 2 * b)  # far from the minimum Newton overshoots
-        if abs(new - b) < 1e-9 * b:
-            break
-        b = new
+        if ((probs * logits).sum(1) - true_logits).mean() > 0:
+            high = b
+        else:
+            low = b
     return 1 / b
 
 
@@ -176,19 +165,17 @@ class Run:
     stress: "Stress | None" = None
     raw: Scores = field(init=False)
     scaled: Scores = field(init=False)
-    values: dict = field(init=False)  # {metric: float}
+    values: dict = field(init=False, default_factory=dict)  # {metric: float}, and with the suffix _scaled
     draws: dict = field(init=False, default_factory=dict)  # {metric: (RESAMPLES,)}, once measure() was called
 
     def __post_init__(self):
         if self.scaled_logits is None:
             self.scaled_logits = self.logits / self.temperature
         self.raw, self.scaled = score_images(self.logits, self.labels), score_images(self.scaled_logits, self.labels)
-        once = np.ones((1, len(self.labels)))
-        raw, scaled = metrics(self.raw, self.labels, once), metrics(self.scaled, self.labels, once)
-        for found, scores in ((raw, self.raw), (scaled, self.scaled)):
+        for suffix, scores, same in (("", self.raw, ()), ("_scaled", self.scaled, UNSCALED)):
+            found = metrics(scores, self.labels, np.ones((1, len(self.labels))))
             found["ece_null"] = [calibrated_ece(scores.confidence)]
-        self.values = {name: float(value[0]) for name, value in raw.items()}
-        self.values |= {f"{name}_scaled": float(scaled[name][0]) for name in raw if name not in UNSCALED}
+            self.values |= {name + suffix: float(value[0]) for name, value in found.items() if name not in same}
 
     @property
     def seed(self):
@@ -220,20 +207,18 @@ def ensemble(runs):
     member was trained on, and another seed has others.
     """
 
-    def mean(logits):
-        return np.mean([np.exp(log_softmax(z)) for z in logits], 0)
+    def log(p):
+        return np.log(np.maximum(p, 1e-300))
 
     def entropy(p):
-        return -(p * np.log(np.maximum(p, 1e-300))).sum(-1)
+        return -(p * log(p)).sum(-1)
 
-    raw, scaled = mean([run.logits for run in runs]), mean([run.scaled_logits for run in runs])
-    preds = [run.raw.pred for run in runs]
-    pairs = [a != b for a, b in itertools.combinations(preds, 2)]
-    information = entropy(raw) - np.mean([entropy(np.exp(log_softmax(run.logits))) for run in runs], 0)
+    probs = [np.exp(log_softmax(run.logits)) for run in runs]
+    mean, scaled = np.mean(probs, 0), np.mean([np.exp(log_softmax(run.scaled_logits)) for run in runs], 0)
+    pairs = [a.raw.pred != b.raw.pred for a, b in itertools.combinations(runs, 2)]
+    information = entropy(mean) - np.mean([entropy(p) for p in probs], 0)
     extra = {"disagreement": np.mean(pairs, 0), "mutual_information": np.maximum(information, 0)}  # < 0 by rounding
-    as_logits = [np.log(np.maximum(p, 1e-300)) for p in (raw, scaled)]
-    name = f"ensemble of {len(runs)}"
-    return Run(name, runs[0].config, as_logits[0], runs[0].labels, None, as_logits[1]), extra
+    return Run(f"ensemble of {len(runs)}", runs[0].config, log(mean), runs[0].labels, None, log(scaled)), extra
 
 
 # ---- metrics --------------------------------------------------------------------------------------------
@@ -264,7 +249,10 @@ def metrics(scores, labels, weights):
         found["errors_within_superclass"] = found["errors_within_superclass"] / (1 - found["accuracy"])
     gaps = sum_by(calibration_bins(s.confidence), (w * gap).astype(w.dtype), 15)
     found["ece"] = np.abs(gaps).sum(1) / n  # see utils.calibration_error
-    found["macro_precision"], found["macro_recall"], found["macro_f1"] = weighted_macro_scores(labels, s.pred, w)
+    hits = sum_by(labels, w * s.correct, NUM_CLASSES)
+    images, predicted = sum_by(labels, w, NUM_CLASSES), sum_by(s.pred, w, NUM_CLASSES)
+    macro = utils.macro_scores_from_counts(hits, images, predicted)
+    found["macro_precision"], found["macro_recall"], found["macro_f1"] = macro
     found["aurc"], found["auroc_failure"] = rank_by_confidence(s.confidence, wrong, w)
     return found
 
@@ -275,12 +263,6 @@ def sum_by(group, values, count):
     cumulative = np.cumsum(values[:, order], 1)
     ends = np.searchsorted(group[order], np.arange(count), side="right")
     return np.diff(cumulative[:, ends - 1] * (ends > 0), axis=1, prepend=0)
-
-
-def weighted_macro_scores(labels, pred, w):
-    """Macro precision, recall and F1, each (R,), for weights (R, N)."""
-    hits = sum_by(labels, w * (labels == pred), NUM_CLASSES)
-    return utils.macro_scores_from_counts(hits, sum_by(labels, w, NUM_CLASSES), sum_by(pred, w, NUM_CLASSES))
 
 
 def rank_by_confidence(confidence, wrong, w):
@@ -321,11 +303,10 @@ def chance_within_superclass(confusion):
     equal classes is no error.
     """
     errors = confusion - np.diag(np.diag(confusion))
-    independent = np.outer(errors.sum(1), errors.sum(0)).astype(float)
+    independent = np.outer(errors.sum(1), errors.sum(0))
     np.fill_diagonal(independent, 0)
     inside = SUPERCLASS_OF[:, None] == SUPERCLASS_OF
-    total = independent.sum()
-    return float(independent[inside].sum() / total) if total else math.nan
+    return float(independent[inside].sum() / independent.sum()) if independent.any() else math.nan
 
 
 # ---- resamples ------------------------------------------------------------------------------------------
@@ -425,19 +406,17 @@ class Study:
     def arms(self):
         return [arm for arm in (self.baselines, self.changed) if arm]
 
+    def quantity(self, measure):
+        """An Arm per recipe, of measure(run): (value, draws (RESAMPLES,))."""
+        return [arm_of([measure(run) for run in arm]) for arm in self.arms]
+
     def metric(self, name):
-        """An Arm per recipe, of a metric."""
-        return [arm_of([(run.values[name], run.draws[name]) for run in arm]) for arm in self.arms]
+        return self.quantity(lambda run: (run.values[name], run.draws[name]))
 
     def mean(self, of_images, weights=None):
         """An Arm per recipe, of the mean over the images of of_images(run), (N,)."""
         weights = self.weights if weights is None else weights
-
-        def pair(run):
-            values = of_images(run)
-            return values.mean(), weighted_mean(values, weights)
-
-        return [arm_of([pair(run) for run in arm]) for arm in self.arms]
+        return self.quantity(lambda run: (of_images(run).mean(), weighted_mean(of_images(run), weights)))
 
 
 def spread(arms):
@@ -467,26 +446,33 @@ def level(arm, arms, seed=0):
     return arm.mean, with_noise(arm.mean, arm.draws.mean(0), arm.image_noise, s / len(arm.values) ** 0.5, degrees, seed)
 
 
-def change(arms, figure=None, draws=None, **about):
-    """The Estimate of the changed runs' mean minus the baselines', if no other figure and image draws are given.
+def one_recipe(arm, arms, control, control_value, reference=0.0, **about):
+    """The Estimate of the mean of one arm, against a reference."""
+    dots = (arm.values - reference, ())
+    return Estimate(*level(arm, arms), control, control_value, reference, dots, **about)
 
-    Its control is the deviation between seeds, if `about` names no other.
+
+def change(arms, control=None, control_value=None, difference=None, unit=100):
+    """The Estimate of the changed runs' mean minus the baselines'; difference: another (figure, draws over images).
+
+    Its control is the deviation between seeds, if no other is named.
     """
     before, after = arms
-    if figure is None:
-        figure, draws = after.mean - before.mean, after.draws.mean(0) - before.draws.mean(0)
+    figure, draws = difference or (after.mean - before.mean, after.draws.mean(0) - before.draws.mean(0))
     s, degrees = spread(arms)
     error = s * math.sqrt(1 / len(before.values) + 1 / len(after.values))
     noisy = with_noise(figure, draws, before.image_noise + after.image_noise, error, degrees)
     dots = tuple(arm.values - before.mean for arm in arms)
-    return Estimate(figure, noisy, **{"control": "deviation between seeds", "control_value": s, "dots": dots} | about)
+    if control is None:
+        control, control_value = "deviation between seeds", s
+    return Estimate(figure, noisy, control, control_value, dots=dots, unit=unit)
 
 
 def confident_errors_fall(study):
     """Under smoothing by construction: its targets are at most 1 - a + a / 100."""
     a = study.changed[0].config["args"].get("smoothing") or 0
-    control = {"control": f"highest target under smoothing {a:g}", "control_value": 1 - a + a / 100} if a else {}
-    return change(study.metric("confident_errors"), **control)
+    control = (f"highest target under smoothing {a:g}", 1 - a + a / 100) if a else ()
+    return change(study.metric("confident_errors"), *control)
 
 
 def errors_at_equal_coverage(study):
@@ -495,7 +481,7 @@ def errors_at_equal_coverage(study):
     if count < 50:
         return undecided(f"the baselines have {count} images above {CONFIDENT}; 50 are needed")
 
-    def pair(run):
+    def error_rate(run):
         order = np.argsort(-run.raw.confidence, kind="stable")
         wrong, draws = ~run.raw.correct[order], []
         for w in blocks_of(study.weights):
@@ -503,7 +489,7 @@ def errors_at_equal_coverage(study):
             draws += [np.interp(count, *row) / count for row in zip(images, errors)]
         return wrong[:count].mean(), np.array(draws)
 
-    return change([arm_of([pair(run) for run in arm]) for arm in study.arms])
+    return change(study.quantity(error_rate))
 
 
 def confidence_on_failures(study, kind):
@@ -513,44 +499,35 @@ def confidence_on_failures(study, kind):
     set of images on which only runs of other seeds are compared: first in each set, then over the sets.
     """
     runs, split = study.baselines + study.changed, len(study.baselines)
-    values, draws, drops = [], [], []
+    sets, drops = [], []
     for picker in study.baselines:
         picked = picker.raw.failures
         others = np.array([run.seed != picker.seed for run in runs])
         if picked.sum() < 10 or not others[:split].any() or not others[split:].any():
             continue
-        confidence = [getattr(run, kind).confidence[picked] for run in runs]
-        values.append(np.where(others, [c.mean() for c in confidence], np.nan))  # (runs,)
-        drawn = np.array([weighted_mean(c, study.weights[:, picked]) for c in confidence])
-        draws.append(np.where(others[:, None], drawn, np.nan))  # (runs, RESAMPLES)
-        drops.append(np.nanmean(values[-1][:split]) - getattr(picker, kind).confidence[picked].mean())
-    if not values:
+        of_runs = []  # of each run (1 + RESAMPLES,): its mean confidence on the set, then in the resamples
+        for run in runs:
+            confidence = getattr(run, kind).confidence[picked]
+            of_runs.append([confidence.mean(), *weighted_mean(confidence, study.weights[:, picked])])
+        sets.append(np.where(others[:, None], of_runs, np.nan))
+        drops.append(np.nanmean(sets[-1][:split, 0]) - getattr(picker, kind).confidence[picked].mean())
+    if not sets:
         return undecided("needs baselines of two seeds with 10 confident failures each, and runs of other seeds")
 
     def mean(part, axis):  # but for NaN, where run and set share their seed; without a warning if nothing is left
         there = ~np.isnan(part)
         return np.where(there, part, 0).sum(axis) / np.where(there.any(axis), there.sum(axis), np.nan)
 
-    def difference(part):  # (sets, runs, ...)
-        return (mean(part[:, split:], 1) - mean(part[:, :split], 1)).mean(0)
-
-    def relative(part):  # of each run: its mean over its sets of what it differs from the set's mean
-        return mean(part - mean(part, 1)[:, None], 0)
-
-    values, draws = np.array(values), np.array(draws)
-    pairs = [(relative(values)[k], relative(draws)[k]) for k in range(len(runs))]
-    arms = [[pair for pair in arm if not np.isnan(pair[0])] for arm in (pairs[:split], pairs[split:])]
-    control = {"control": "what another baseline seed does", "control_value": float(np.mean(drops))}
-    return change([arm_of(arm) for arm in arms], difference(values), difference(draws), **control)
-
-
-def over_confidence_falls(study):
-    """A mean: without the floor and the bias that an absolute value has."""
-    return change(study.metric("signed_gap"), control="no change", control_value=0.0)
+    table = np.array(sets)  # (sets, runs, 1 + RESAMPLES)
+    difference = (mean(table[:, split:], 1) - mean(table[:, :split], 1)).mean(0)
+    relative = mean(table - mean(table, 1)[:, None], 0)  # of each run, over its sets: how far it is from the set's mean
+    used = [[row for row in rows if not np.isnan(row[0])] for rows in (relative[:split], relative[split:])]
+    arms = [arm_of([(row[0], row[1:]) for row in rows]) for rows in used]
+    return change(arms, "what another baseline seed does", np.mean(drops), (difference[0], difference[1:]))
 
 
 def calibration_improves(study):
-    """|mean confidence - accuracy| of a recipe. The absolute value comes last: run by run it cannot fall below its noise."""
+    """|mean confidence - accuracy| of a recipe. The absolute value comes last: of each run it would be mostly noise."""
     arms = study.metric("signed_gap")
     (before, before_draws), (after, after_draws) = (level(arm, arms, seed) for seed, arm in enumerate(arms))
     draws = np.abs(after_draws) - np.abs(before_draws)
@@ -558,17 +535,11 @@ def calibration_improves(study):
     return Estimate(abs(after) - abs(before), draws, "deviation between seeds", spread(arms)[0], dots=dots)
 
 
-def generalization_improves(study):
-    """NLL after temperature scaling, which takes out what one number per run would mend."""
-    return change(study.mean(lambda run: run.scaled.nll), unit=1)
-
-
 def errors_stay_in_superclass(study):
     arms = study.metric("errors_within_superclass")
-    chance = float(np.mean([chance_within_superclass(run.confusion) for run in study.baselines]))
-    figure, draws = level(arms[0], arms)
-    control = f"chance; the figure is {figure / chance:.1f} times that"
-    return Estimate(figure, draws, control, chance, reference=chance, dots=(arms[0].values - chance, ()))
+    chance = np.mean([chance_within_superclass(run.confusion) for run in study.baselines])
+    control = f"chance; the figure is {arms[0].mean / chance:.1f} times that"
+    return one_recipe(arms[0], arms, control, chance, reference=chance)
 
 
 def small_animals_are_worst(study):
@@ -577,12 +548,12 @@ def small_animals_are_worst(study):
     small = np.isin(labels, SMALL_ANIMALS)
     signed = np.where(small, 1 / small.mean(), -1 / (~small).mean())
     arms = study.mean(lambda run: run.raw.correct * signed)
-    figure, draws = level(arms[0], arms)
-    hits = [np.bincount(labels, run.raw.correct, NUM_CLASSES) for run in study.baselines]  # of equally many images
-    worst = [np.argsort(of_class, kind="stable")[:10] for of_class in hits]
-    among = float(np.mean([np.isin(ten, SMALL_ANIMALS).sum() for ten in worst]))
+    among = []
+    for run in study.baselines:
+        hits = np.bincount(labels, run.raw.correct, NUM_CLASSES)  # of equally many images
+        among.append(np.isin(np.argsort(hits, kind="stable")[:10], SMALL_ANIMALS).sum())
     control = f"of the ten worst classes; {len(SMALL_ANIMALS) / 10:g} by chance"
-    return Estimate(figure, draws, control, among, dots=(arms[0].values, ()), control_is_count=True)
+    return one_recipe(arms[0], arms, control, np.mean(among), control_is_count=True)
 
 
 def attention_on_border(study):
@@ -595,16 +566,15 @@ def attention_on_border(study):
         border = [np.array([row["border_drop"] > row["centre_drop"] for row in rows]) for rows in (failures, matched)]
         shares.append([part.mean() for part in border])
         difference = border[0].astype(float) - border[1]
-        weights = study.weights[:, [row["index"] for row in failures]]
-        pairs.append((difference.mean(), weighted_mean(difference, weights)))
+        drawn = weighted_mean(difference, study.weights[:, [row["index"] for row in failures]])
+        pairs.append((difference.mean(), drawn))
     if not pairs:
         return undecided("needs 10 confident failures that went through failures.py and gradcam.py")
     arm = arm_of(pairs)
-    figure, draws = level(arm, [arm])
     of_failures, of_matched = np.mean(shares, 0)
     control = f"of matched correct predictions; {100 * of_failures:.1f} of failures"
     few = "attention of one baseline alone" if len(pairs) == 1 else ""
-    return Estimate(figure, draws, control, of_matched, dots=(arm.values, ()), note=few)
+    return one_recipe(arm, [arm], control, of_matched, note=few)
 
 
 def worse_after_peak(column, sign, side):
@@ -617,8 +587,10 @@ def worse_after_peak(column, sign, side):
     def statistic(study):
         found = [read_curve(run, column) for run in (study.baselines, study.changed)[side]]
         curves = [sign * curve for curve in found if curve is not None]
+        if len(curves) < 2:
+            return undecided("needs the log.csv of two runs of the recipe")
         epochs, values = [], []
-        for k, curve in enumerate(curves if len(curves) > 1 else []):
+        for k, curve in enumerate(curves):
             others = curves[:k] + curves[k + 1 :]
             length = min(len(other) for other in others)
             early = np.mean([other[:length] for other in others], 0)[: math.ceil(0.75 * length)]
@@ -630,10 +602,9 @@ def worse_after_peak(column, sign, side):
             values.append(curve[peak] - curve[-1])
         if len(values) < 2:
             return undecided("needs the log.csv of two runs of the recipe")
-        arm = arm_of([(value, np.zeros(RESAMPLES)) for value in values])
-        figure, draws = level(arm, [arm])
-        about = {"unit": 100 if sign == 1 else 1, "control_is_count": True, "dots": (arm.values, ())}
-        return Estimate(figure, draws, "epoch of the peak", float(np.mean(epochs)), **about)
+        arm = arm_of([(value, np.zeros(RESAMPLES)) for value in values])  # no test images, no choice of them
+        unit = 100 if sign == 1 else 1
+        return one_recipe(arm, [arm], "epoch of the peak", np.mean(epochs), unit=unit, control_is_count=True)
 
     return statistic
 
@@ -659,13 +630,13 @@ def stress_change(study, condition, control, before, after):
     arms = study.mean(lambda run: run.stress.correct(*condition), resample(found[0].labels, seed=1))
     before = np.mean([run.stress.accuracy(*before) for run in study.baselines])
     after = np.mean([run.stress.accuracy(*after) for run in study.changed])
-    return change(arms, control=control, control_value=float(after - before))
+    return change(arms, control, after - before)
 
 
 @dataclass
 class Claim:
     text: str
-    side: str  # what is claimed of figure - reference: "above" or "below" 0, or "within" MARGIN of it
+    side: str  # what is claimed of figure - reference: "above" or "below" 0, or "within" MARGIN of 0
     statistic: Callable  # of a Study; returns an Estimate
     arms: tuple = (0, 1)  # which it needs: 0 the baselines, 1 the changed runs
 
@@ -673,15 +644,17 @@ class Claim:
 # What the study says in words, and one thing that it does not (AUROC). The list and the margin were fixed after
 # six-epoch runs and before the 40-epoch ones.
 CLAIMS = [
-    Claim("accuracy stays within 1 point", "within", lambda study: change(study.metric("accuracy"))),
+    Claim("accuracy stays within 1 point", "within", lambda s: change(s.metric("accuracy"))),
     Claim("fewer confident errors (> 0.90)", "below", confident_errors_fall),
     Claim("fewer errors at equal coverage", "below", errors_at_equal_coverage),
-    Claim("earlier failures less confident", "below", lambda study: confidence_on_failures(study, "raw")),
-    Claim("the same, temperature-scaled", "below", lambda study: confidence_on_failures(study, "scaled")),
-    Claim("over-confidence falls", "below", over_confidence_falls),
+    Claim("earlier failures less confident", "below", lambda s: confidence_on_failures(s, "raw")),
+    Claim("the same, temperature-scaled", "below", lambda s: confidence_on_failures(s, "scaled")),
+    # the gap is a mean: without the floor and the bias that an absolute value has
+    Claim("over-confidence falls", "below", lambda s: change(s.metric("signed_gap"), "no change", 0.0)),
     Claim("calibration improves (gap)", "below", calibration_improves),
-    Claim("generalizes better (NLL, scaled)", "below", generalization_improves),
-    Claim("ranks its errors better (AUROC)", "above", lambda study: change(study.metric("auroc_failure"))),
+    # scaled: without what one number per run would mend
+    Claim("generalizes better (NLL, scaled)", "below", lambda s: change(s.mean(lambda run: run.scaled.nll), unit=1)),
+    Claim("ranks its errors better (AUROC)", "above", lambda s: change(s.metric("auroc_failure"))),
     Claim("more accurate under corruption", "above", accurate_under_corruption),
     Claim("more accurate under PGD at 1/255", "above", accurate_under_attack),
     Claim("errors stay inside superclasses", "above", errors_stay_in_superclass, (0,)),
@@ -742,12 +715,11 @@ def read_curve(run, column):
 
 def read_attention(run):
     """(failures, matched): rows of gradcam.py's attention.csv on confident failures, in pairs; ([], []) without it."""
-    path, kinds = run.folder / "attention.csv", {"pair": int, "index": int}
+    path, made_by = run.folder / "attention.csv", f"python gradcam.py {utils.quote(run.folder)}"
     if not path.exists():
         return [], []
-    made_by = f"python gradcam.py {utils.quote(run.folder)}"
-    kinds |= {name: float for name in ("confidence", "border_drop", "centre_drop")} | {"group": str, "checkpoint": str}
-    rows = utils.read_csv(path, made_by, "attention figures", kinds)
+    columns = {"pair": int, "index": int, "group": str, "checkpoint": str, "border_drop": float, "centre_drop": float}
+    rows = utils.read_csv(path, made_by, "attention figures", columns)
     found = {group: {row["pair"]: row for row in rows if row["group"] == group} for group in ("failure", "matched")}
     clear = run.raw.confidence > CONFIDENT + 0.001  # a published run's float16 may cross the threshold
     wanted = set(np.flatnonzero(run.raw.failures & clear))
@@ -793,10 +765,13 @@ class Stress:
         found = enumerate(CONDITIONS)
         return [k for k, c in found if c[0] == kind and name in (None, c[1]) and strength in (None, c[2])]
 
+    def share(self, rows, hits):
+        """(N,): the share of these conditions in which hits (conditions, N) is true; NaN if one is not measured."""
+        return np.where(np.isnan(self.confidence[rows]), np.nan, hits[rows]).mean(0)
+
     def correct(self, kind, strength=None, name=None):
-        """(N,): share of these conditions under which an image is classified correctly; NaN if not measured."""
-        rows = self.rows(kind, strength, name)
-        return np.where(np.isnan(self.confidence[rows]), np.nan, self.preds[rows] == self.labels).mean(0)
+        """(N,): share of these conditions under which an image is classified correctly."""
+        return self.share(self.rows(kind, strength, name), self.preds == self.labels)
 
     def accuracy(self, kind, strength=None, name=None):
         return float(self.correct(kind, strength, name).mean())
@@ -806,10 +781,8 @@ class Stress:
 
     @property
     def shift_changes(self):
-        """Share of the one-pixel shifts that change the prediction; NaN if not measured."""
-        rows = self.rows("shift")
-        missing = np.isnan(self.confidence[rows]).any()
-        return math.nan if missing else float((self.preds[rows] != self.preds[0]).mean())
+        """Share of the one-pixel shifts that change the prediction."""
+        return float(self.share(self.rows("shift"), self.preds != self.preds[0]).mean())
 
 
 def attack(model, images, labels, epsilon, steps, autocast):
@@ -836,26 +809,28 @@ def attack(model, images, labels, epsilon, steps, autocast):
     return x.clamp(0, 255)
 
 
-class CifarC:
-    """The authors' CIFAR-100-C: 10,000 test images per severity, one after the other; labels.npy and a file each."""
+def first_of_each_class(labels, count):
+    """Indices, in order, of the first images of every class: `count` of them in all."""
+    by_class = np.argsort(labels, kind="stable").reshape(NUM_CLASSES, -1)
+    return np.sort(by_class[:, : count // NUM_CLASSES].ravel())
 
-    download = "a download of CIFAR-100-C (zenodo.org/records/3555552)"
 
-    def __init__(self, folder, index, labels):
-        self.folder, self.index = Path(folder).expanduser(), index
-        found = self.read("labels", (50_000,))
-        if not np.array_equal(found[:10_000][index], labels):
-            raise ScriptError(f"{self.folder / 'labels.npy'} has other labels than the test set; set --cifar-c")
+def read_array(path, shape, kinds, made_by, what):
+    """A .npy file, which must hold an array of this shape, with a dtype of these kinds ("iu": integers)."""
 
-    def read(self, name, shape):
-        def check(array):
-            utils.require(array.shape == shape and array.dtype.kind in "iu", f"{array.dtype} {array.shape}")
+    def check(array):
+        sound = array.shape == shape and array.dtype.kind in kinds
+        utils.require(sound, f"{array.dtype} {array.shape} instead of {kinds} {shape}")
 
-        return utils.read_npy(self.folder / f"{name}.npy", self.download, f"integers {shape}", check)
+    return utils.read_npy(path, made_by, what, check)
 
-    def corrupt(self, images, name, severity):
-        """As data.corrupt, of these very test images."""
-        return torch.from_numpy(self.read(name, (50_000, 32, 32, 3))[(severity - 1) * 10_000 + self.index])
+
+def read_cifar_c(folder, name, severity, index, shape=(32, 32, 3)):
+    """Test images of these indices in the authors' CIFAR-100-C: 5 severities of 10,000, one after the other."""
+    path, shape = Path(folder).expanduser() / f"{name}.npy", (50_000, *shape)
+    made_by = "a download of CIFAR-100-C (zenodo.org/records/3555552)"
+    array = read_array(path, shape, "iu", made_by, f"integers {shape}")
+    return torch.from_numpy(array[(severity - 1) * 10_000 + index])
 
 
 class StressTest:
@@ -866,25 +841,24 @@ class StressTest:
         images, labels = load_dataset(dataset, data_dir, train=False)
         if not np.array_equal(labels.numpy(), runs[0].labels):
             raise ScriptError(f"the runs were scored on other images than those in {data_dir}; set --data-dir")
-        by_class = np.argsort(runs[0].labels, kind="stable").reshape(NUM_CLASSES, -1)
-        self.index = np.sort(by_class[:, : args.stress_images // NUM_CLASSES].ravel())
+        self.index = first_of_each_class(runs[0].labels, args.stress_images)
         self.images, self.labels = images[self.index], labels[self.index]
-        self.corrupt, self.source = corrupt, "CIFAR-100-C style"
+        self.cifar_c, self.source = args.cifar_c, "CIFAR-100-C" if args.cifar_c else "CIFAR-100-C style"
         if args.cifar_c:
-            self.corrupt, self.source = CifarC(args.cifar_c, self.index, self.labels.numpy()).corrupt, "CIFAR-100-C"
+            found = read_cifar_c(args.cifar_c, "labels", 1, self.index, shape=())
+            if not np.array_equal(found, self.labels):
+                raise ScriptError(f"{args.cifar_c}: labels.npy has other labels than the test set; set --cifar-c")
         self.baselines, self.device = baselines, device
         dtype, _ = utils.select_precision("auto", device)
         self.autocast = functools.partial(torch.autocast, device.type, dtype, enabled=dtype is not None)
 
-    def network(self, run):
-        path = run.folder / "best.pt"
-        return utils.network(utils.load_checkpoint(path), path, self.device).requires_grad_(False)
-
     def batches(self, kind, name, strength, attacked):
         """The images of a condition, (B, 32, 32, 3) in 0..255 on the device, 250 at a time."""
         images = self.images
-        if kind == "corruption":
-            images = self.corrupt(images, name, strength)
+        if kind == "corruption" and self.cifar_c:
+            images = read_cifar_c(self.cifar_c, name, strength, self.index)
+        elif kind == "corruption":
+            images = corrupt(images, name, strength)
         elif kind == "shift":
             dy, dx = map(int, name.split())
             padded = F.pad(images, (0, 0, 1, 1, 1, 1))  # black, as in the training's crops
@@ -895,41 +869,47 @@ class StressTest:
                 batch = attack(attacked, batch, labels, strength, 1 if kind == "fgsm" else 10, self.autocast)
             yield batch
 
-    def measure(self, run):
-        """Measure what run.stress lacks, saving after every condition: an interrupted test goes on from there."""
+    def prepare(self, run):
+        """What run.stress lacks: ([index of a condition], the baseline to make the transferred images against)."""
         if run.stress is None:
             shape = (len(CONDITIONS), len(self.index))
             preds, confidence = np.zeros(shape, np.uint8), np.full(shape, np.nan, np.float32)
             about = self.source, utils.checkpoint_id(run.folder)
             run.stress = Stress(self.index, self.labels.numpy(), preds, confidence, *about)
             (run.folder / "stress.csv").unlink(missing_ok=True)  # it says what the arrays are, and they come first
-        stress, baseline = run.stress, None
+        stress = run.stress
         if not np.array_equal(stress.index, self.index) or stress.source != self.source:
             found = f"{run.folder} has stress results on {len(stress.index)} images, {stress.source}"
             raise ScriptError(f"{found}; give the same --stress-images and --cifar-c, or --refresh")
-        if run not in self.baselines:  # it is shown images made against the baseline of its seed, else the first one
+        baseline = None  # baselines are shown no transferred images
+        if run not in self.baselines:
             same_seed = [base for base in self.baselines if base.seed == run.seed]
             baseline = (same_seed or self.baselines)[0]
-            if stress.victim != utils.checkpoint_id(baseline.folder):
-                stress.victim = utils.checkpoint_id(baseline.folder)
-                stress.confidence[stress.rows("transfer")] = np.nan
-        todo = [k for k in range(len(CONDITIONS)) if np.isnan(stress.confidence[k, 0])]
-        todo = [k for k in todo if CONDITIONS[k][0] != "transfer" or baseline]
+            victim = utils.checkpoint_id(baseline.folder)
+            if stress.victim != victim:
+                stress.victim, stress.confidence[stress.rows("transfer")] = victim, np.nan
+        wanted = [k for k, (kind, _, _) in enumerate(CONDITIONS) if baseline or kind != "transfer"]
+        return [k for k in wanted if np.isnan(stress.confidence[k, 0])], baseline
+
+    def measure(self, run):
+        """Measure what run.stress lacks, saving after every condition: an interrupted test goes on from there."""
+        todo, baseline = self.prepare(run)
         if not todo:  # as with a published run, whose best.pt is elsewhere
             return
-        model, victim = self.network(run), self.network(baseline) if baseline else None
+        model = utils.load_model(run.folder, self.device).requires_grad_(False)
+        victim = utils.load_model(baseline.folder, self.device).requires_grad_(False) if baseline else None
         costs = [COST.get(CONDITIONS[k][0], 1) for k in todo]
         progress, start = utils.Progress(), time.monotonic()
-        for done, k in enumerate(todo):
+        for done, k in enumerate(todo, 1):
             batches = self.batches(*CONDITIONS[k], victim if CONDITIONS[k][0] == "transfer" else model)
             with self.autocast():
                 probs = utils.predict(model, map(normalize, batches)).softmax(1)
             confidence, preds = probs.max(1)
-            stress.confidence[k], stress.preds[k] = confidence.cpu().numpy(), preds.cpu().numpy()
+            run.stress.confidence[k], run.stress.preds[k] = confidence.cpu().numpy(), preds.cpu().numpy()
             write_stress(run)
             if progress.due():
-                left = (time.monotonic() - start) / sum(costs[: done + 1]) * sum(costs[done + 1 :])
-                progress.show(f"{run.name}: condition {done + 1}/{len(todo)}, {utils.duration(left)} left")
+                left = (time.monotonic() - start) / sum(costs[:done]) * sum(costs[done:])
+                progress.show(f"{run.name}: condition {done}/{len(todo)}, {utils.duration(left)} left")
         progress.clear()
 
 
@@ -958,18 +938,10 @@ def read_stress(run):
     if not rows or rows[0]["checkpoint"] != (utils.checkpoint_id(run.folder) or ""):
         warn(f"{path} belongs to another best.pt and is left out; run {made_by}")
         return None
-    by_class = np.argsort(run.labels, kind="stable").reshape(NUM_CLASSES, -1)
-    index = np.sort(by_class[:, : rows[0]["images"] // NUM_CLASSES].ravel())
+    index = first_of_each_class(run.labels, rows[0]["images"])
     shape = (len(CONDITIONS), len(index))
-
-    def load(what, dtype):
-        def check(array):
-            sound = array.shape == shape and array.dtype == dtype
-            utils.require(sound, f"{array.dtype} {array.shape}, {dtype} {shape} is wanted")
-
-        return utils.read_npy(run.folder / f"stress_{what}.npy", made_by, "stress results", check)
-
-    preds, confidence = load("preds", "uint8"), load("confidence", "float32")
+    preds = read_array(run.folder / "stress_preds.npy", shape, "u", made_by, "stress results")
+    confidence = read_array(run.folder / "stress_confidence.npy", shape, "f", made_by, "stress results")
     about = rows[0]["source"], rows[0]["checkpoint"], rows[-1]["victim"]  # the last condition is a transfer
     return Stress(index, run.labels[index], preds, confidence, *about)
 
@@ -990,17 +962,14 @@ def print_table(header, rows, markdown=False):
         if len(cells[0]) > widths[0]:
             print(cells[0])
             cells = ["", *cells[1:]]
-        print(f"{cells[0]:<{widths[0]}} " + " ".join(f"{cell:>{w}}" for cell, w in zip(cells[1:], widths[1:])))
+        print(f"{cells[0]:<{widths[0]}} " + " ".join(f"{text:>{w}}" for text, w in zip(cells[1:], widths[1:])))
 
 
 def cell(value, unit=100, digits=2):
-    """A fraction as points, or a dash where there is nothing."""
+    """A fraction as points, [low, high] as an interval, or a dash where there is nothing."""
+    if isinstance(value, list):
+        return f"[{', '.join(cell(end, unit, digits) for end in value)}]"
     return "-" if value is None or math.isnan(value) else f"{unit * value + 0.0:.{digits}f}"
-
-
-def ends_cell(ends, unit=100, digits=1):
-    """An interval, in the same way."""
-    return "-" if ends is None else f"[{', '.join(f'{unit * end + 0.0:.{digits}f}' for end in ends)}]"
 
 
 CLASSIFICATION = {"precision": "macro_precision", "recall": "macro_recall", "F1": "macro_f1", "top-5": "top5_accuracy",
@@ -1012,19 +981,19 @@ CALIBRATION = {"NLL": "nll", "Brier": "brier", "gap": "signed_gap", "ECE": "ece"
 def print_scores(named, published, markdown):
     """named: [(name, values, interval of the accuracy or None)] of runs, means over seeds and ensembles."""
     table = []
-    for name, values, ends in [("published (smoothing 0.1)", PUBLISHED, None)] * published + named:
-        accuracy = cell(values["accuracy"]) + (f" {ends_cell(ends)}" if ends else "")
+    shown = [("published (smoothing 0.1)", PUBLISHED, None), *named] if published else named
+    for name, values, ends in shown:
+        accuracy = cell(values["accuracy"]) + (f" {cell(ends, digits=1)}" if ends else "")
         table.append([name, accuracy] + [cell(values.get(key)) for key in CLASSIFICATION.values()])
     print_table(["in %", "accuracy [95 %]", *CLASSIFICATION], table, markdown)
     print()
     table = []
     for name, values, _ in named:
-        for suffix in ("", "_scaled"):
-            found = [values.get(key + suffix) for key in CALIBRATION.values()]
-            units = [(1, 3) if key in ("nll", "brier") else (100, 2) for key in CALIBRATION.values()]
-            t = values.get("temperature")
-            label = name if not suffix else f"  T = {t:.3f}" if t else "    scaled"
-            table.append([label] + [cell(value, *unit) for value, unit in zip(found, units)])
+        t = values.get("temperature")
+        for label, suffix in ((name, ""), (f"  T = {t:.3f}" if t else "    scaled", "_scaled")):
+            found = {key: values[key + suffix] for key in CALIBRATION.values()}
+            cells = [cell(v, 1, 3) if key in ("nll", "brier") else cell(v) for key, v in found.items()]
+            table.append([label, *cells])
     print_table(["in %, NLL in nats", *CALIBRATION], table, markdown)
 
 
@@ -1036,20 +1005,12 @@ AUROC: of confidence, for errors. T: the same with logits / T, where T fits the
 validation images."""
 
 
-def mean_and_spread(arm):
-    """Rows of print_scores: mean and standard deviation over the seeds of one recipe."""
-    columns = {key: [run.values[key] for run in arm] for key in arm[0].values}
-    mean = {key: float(np.mean(column)) for key, column in columns.items()}
-    deviation = {key: float(np.std(column, ddof=1)) for key, column in columns.items()}
-    return [(f"  mean of {len(arm)}", mean, None), ("  deviation", deviation, None)]
-
-
 def print_details(run, names):
     """The hardest and easiest classes of a run, and the pairs it confuses."""
-    rows = per_class_rows(run, names)
-    ranked = sorted(rows, key=lambda row: row["accuracy"])
-    cells = [f"{row['class']:<15} {100 * row['accuracy']:3.0f} [{100 * row['low']:.0f}, {100 * row['high']:.0f}]"
-             for row in ranked]  # fmt: skip
+    cells = []
+    for row in sorted(per_class_rows(run, names), key=lambda row: row["accuracy"]):
+        ends = cell([row["low"], row["high"]], digits=0)
+        cells.append(f"{row['class']:<15} {cell(row['accuracy'], digits=0):>3} {ends}")
     print(f"\n{'ten worst classes':<38} ten best, accuracy in % [95 %]")
     for worst, best in zip(cells[:10], cells[:-11:-1]):
         print(f"  {worst:<36} {best}")
@@ -1061,11 +1022,9 @@ def print_verdict(rows, markdown):
     """The table of the claims, and why some are not decided."""
     table, notes = [], {}
     for claim, estimate, ends, word in rows:
-        digits = 2 if estimate.unit == 100 else 3
-        figure, control = [cell(x, estimate.unit, digits) for x in (estimate.figure, estimate.control_value)]
-        if estimate.control_is_count:
-            control = cell(estimate.control_value, 1, 1)
-        table.append([claim.text, figure, ends_cell(ends, estimate.unit, digits), control, word])
+        style = (100, 2) if estimate.unit == 100 else (1, 3)
+        control = cell(estimate.control_value, *((1, 1) if estimate.control_is_count else style))
+        table.append([claim.text, cell(estimate.figure, *style), cell(ends, *style), control, word])
         if estimate.note:
             notes.setdefault(estimate.note, []).append(claim.text)
     print_table(["claim", "figure", "95 % interval", "control", "verdict"], table, markdown)
@@ -1078,7 +1037,7 @@ def print_verdict(rows, markdown):
 
 def print_stress(runs, markdown):
     first = runs[0].stress
-    print(f"stress, in %: {len(first.index):,} test images, {len(CORRUPTIONS)} corruptions, {first.source}")
+    print(f"\nstress, in %: {len(first.index):,} test images, {len(CORRUPTIONS)} corruptions, {first.source}")
     table = []
     for run in runs:
         s = run.stress
@@ -1106,16 +1065,14 @@ def confused_pairs(confusion, count=20):
 
 def per_class_rows(run, names):
     """One dict per class, in label order: what per_class.csv holds."""
-    confusion = run.confusion
-    hits, images, predicted = np.diag(confusion), confusion.sum(1), confusion.sum(0)
-    errors = confusion - np.diag(hits)
+    hits, images, predicted = np.diag(run.confusion), run.confusion.sum(1), run.confusion.sum(0)
+    errors = run.confusion - np.diag(hits)
     low, high = utils.wilson_interval(hits, np.maximum(images, 1))
-    superclasses = list(SUPERCLASSES)
     return [
         {
             "label": k,
             "class": names[k],
-            "superclass": superclasses[SUPERCLASS_OF[k]],
+            "superclass": list(SUPERCLASSES)[SUPERCLASS_OF[k]],
             "images": images[k],
             "accuracy": hits[k] / max(images[k], 1),  # of its images: this is the recall
             "low": low[k],
@@ -1138,9 +1095,8 @@ def draw_confusion(path, run, names, title):
     np.fill_diagonal(shown, np.nan)  # the hits would own the colour scale
     shown[shown == 0] = np.nan
     picture = matrix.imshow(shown, cmap="viridis", norm=LogNorm(1, max(2, np.nanmax(shown, initial=1))))
-    families = [name.replace("_", " ") for name in SUPERCLASSES]
-    if names[0] != "apple":  # the synthetic set has no superclasses with names
-        families = [f"group {k}" for k in range(20)]
+    real = names[0] == "apple"  # the synthetic set has no superclasses with names
+    families = [name.replace("_", " ") if real else f"group {k}" for k, name in enumerate(SUPERCLASSES)]
     matrix.set_xticks(np.arange(2, 100, 5), families, rotation=90, fontsize=9)
     matrix.set_yticks(np.arange(2, 100, 5), families, fontsize=9)
     for edge in range(0, NUM_CLASSES, 5):  # a frame around the five classes of each superclass
@@ -1189,8 +1145,8 @@ def draw_reliability(path, run, names, title):
         top.bar(centers[filled], accuracy, 1 / 15, color=utils.BLUE, edgecolor="white", label="accuracy in the bin")
         top.plot(confidence, confidence, "D", color=utils.VERMILION, markersize=4, label="mean confidence in the bin")
         top.plot([0, 1], [0, 1], "--", color=utils.GRAY, label="perfectly calibrated")
-        ece, floor = 100 * run.values[f"ece{suffix}"], 100 * run.values[f"ece_null{suffix}"]
-        top.set(title=f"{label}: ECE {ece:.2f} % ({floor:.2f} % if calibrated)", xlim=(0, 1), ylim=(0, 1))
+        ece, floor = cell(run.values[f"ece{suffix}"]), cell(run.values[f"ece_null{suffix}"])
+        top.set(title=f"{label}: ECE {ece} % ({floor} % if calibrated)", xlim=(0, 1), ylim=(0, 1))
         bottom.bar(centers, count, 1 / 15, color=utils.GRAY, edgecolor="white")
         bottom.set(xlabel="confidence (largest probability)")
     axes[0, 0].set(ylabel="accuracy")
@@ -1240,7 +1196,7 @@ def draw_verdict(path, rows, title):
             axes.text(1.3, y, "no figure", va="center", fontsize=10, color=utils.GRAY)
             continue
         sign = -1 if claim.side == "below" else 1  # the claimed side is always to the right
-        low, middle, high = np.array([ends[0], estimate.figure, ends[1]]) - estimate.reference
+        low, middle, high = sign * (np.array([ends[0], estimate.figure, ends[1]]) - estimate.reference)
         margin = MARGIN if claim.side == "within" else 0
         scale = 1.1 * max(abs(low), abs(high), 1.5 * margin, 1e-9)
         left, right = (-margin / scale, margin / scale) if margin else (0, 1)
@@ -1249,11 +1205,11 @@ def draw_verdict(path, rows, title):
         for dots, shift, edge in zip(estimate.dots, (-0.22, 0.22), (utils.GRAY, color)):
             inside = [sign * dot / scale for dot in dots if abs(dot) <= scale]
             axes.plot(inside, [y + shift] * len(inside), "o", color=edge, markersize=3, alpha=0.7)
-        axes.plot([sign * low / scale, sign * high / scale], [y, y], color=color, linewidth=2)
-        axes.plot(sign * middle / scale, y, "o", color=color)
+        axes.plot([low / scale, high / scale], [y, y], color=color, linewidth=2)
+        axes.plot(middle / scale, y, "o", color=color)
         digits, unit = (2, "points") if estimate.unit == 100 else (3, "nats")
-        text = cell(estimate.figure, estimate.unit, digits) + " " + ends_cell(ends, estimate.unit, digits)
-        axes.text(1.3, y, f"{text} {unit}", va="center", fontsize=10)
+        parts = [cell(value, estimate.unit, digits) for value in (estimate.figure, ends)]
+        axes.text(1.3, y, f"{' '.join(parts)} {unit}", va="center", fontsize=10)
     figure.suptitle(title, fontsize=12)
     utils.save_figure(figure, path)
 
@@ -1261,8 +1217,9 @@ def draw_verdict(path, rows, title):
 def draw_stress(path, arms, title):
     """Accuracy by corruption; accuracy and confidence against severity; accuracy under attack."""
     figure, (left, middle, right) = utils.new_figure(15, 5, 1, 3)
-    base = arms[0][0].stress
-    names = sorted(CORRUPTIONS, key=lambda name: base.accuracy("corruption", name=name))
+    names = sorted(CORRUPTIONS, key=lambda name: arms[0][0].stress.accuracy("corruption", name=name))
+    severities = range(6)  # 0: clean
+    points = [("clean", None)] + [("corruption", severity) for severity in severities[1:]]
     for arm, color in zip(arms, (utils.BLUE, utils.VERMILION, utils.GRAY)):
         label, found = arm[0].name, [run.stress for run in arm]
 
@@ -1272,11 +1229,9 @@ def draw_stress(path, arms, title):
         for k, stress in enumerate(found):
             values = [100 * stress.accuracy("corruption", name=name) for name in names]
             left.plot(values, range(len(names)), "o", color=color, markersize=4, label=label if k == 0 else None)
-        left.axvline(mean(lambda s: s.accuracy("clean")), color=color, linewidth=0.8)
-        severities = range(6)  # 0: clean
-        points = [("clean", None)] + [("corruption", severity) for severity in severities[1:]]
         accuracy = [mean(lambda s: s.accuracy(*point)) for point in points]
         confidence = [mean(lambda s: s.mean_confidence(*point)) for point in points]
+        left.axvline(accuracy[0], color=color, linewidth=0.8)
         middle.plot(severities, accuracy, "-o", color=color, markersize=4, label=f"{label}: accuracy")
         middle.plot(severities, confidence, "--", color=color, label=f"{label}: mean confidence")
         middle.fill_between(severities, accuracy, confidence, color=color, alpha=0.12)
@@ -1315,29 +1270,6 @@ def by_recipe(runs):
     return arms
 
 
-def recipe_change(baselines, changed):
-    """What differs between two recipes, in words: "lr 0.1 (was 0.01), smoothing 0.1 (was 0.0)"."""
-    before, after = utils.recipe(baselines[0].config), utils.recipe(changed[0].config)
-    keys = [key for key in before | after if before.get(key) != after.get(key)]
-    return ", ".join(f"{key} {after.get(key)} (was {before.get(key)})" for key in keys)
-
-
-def publish_verdict(study, title, args):
-    """Print and write the verdict on a study: verdict.json and verdict.png of the first changed run."""
-    folder = (study.changed or study.baselines)[0].folder
-    synthetic = study.baselines[0].config["dataset"] == "synthetic"
-    rows = judge(study, synthetic)
-    print_verdict(rows, args.markdown)
-    keys = ("claim", "figure", "ci95", "word", "control", "control_value")
-    claims = [dict(zip(keys, (c.text, e.figure, ends, word, e.control, e.control_value))) for c, e, ends, word in rows]
-    arms = {"baselines": [run.name for run in study.baselines], "changed": [run.name for run in study.changed]}
-    content = arms | {"dataset": study.baselines[0].config["dataset"], "claims": claims}
-    new = utils.write_json(folder / "verdict.json", content)
-    if new or not (folder / "verdict.png").exists():
-        draw_verdict(folder / "verdict.png", rows, title)
-    print(f"wrote verdict.json and verdict.png to {folder}")
-
-
 def find_runs(texts):
     """[(run_dir, config)] of the runs that can be scored: those with an epoch saved, or with logits."""
     found = []
@@ -1346,8 +1278,8 @@ def find_runs(texts):
         usable = any((run_dir / name).exists() for name in ("best.pt", "test_logits.npy"))
         if run_dir.is_dir() and not usable:
             warn(f"{run_dir} has no saved epoch and is passed over")
-            continue
-        found.append(utils.open_run(text))
+        else:
+            found.append(utils.open_run(text))
     if not found:
         raise ScriptError("no run with a saved epoch among those given; run python train.py first")
     return found
@@ -1371,17 +1303,85 @@ def parse_args(argv):
     return args
 
 
+def update_logits(folders, args):
+    """Compute the logits that are missing or not those of best.pt. Returns the device, None if none is needed."""
+    stale = []
+    for run_dir, config in folders:
+        place = run_dir, *utils.dataset_of(run_dir, config, args)
+        if (run_dir / "best.pt").exists() and (args.refresh or known_checksums(run_dir) != checksums(run_dir)):
+            stale.append(place)
+    device = utils.select_device(args.device) if stale or args.stress or args.device != "auto" else None
+    for place in stale:
+        compute_logits(*place, device)
+    return device
+
+
+def report_scores(runs, arms, args):
+    """Print what every run scores; for the runs of one recipe their mean, deviation and ensemble."""
+    dataset = runs[0].config["dataset"]
+    table, notes = [], []
+    for arm in arms + [[run] for run in runs if not any(run in arm for arm in arms)]:
+        for run in arm:
+            table.append((run.name, run.values | {"temperature": run.temperature}, interval(run.draws["accuracy"])))
+        if len(arm) == 1:
+            continue
+        columns = {key: [run.values[key] for run in arm] for key in arm[0].values}
+        table.append((f"  mean of {len(arm)}", {key: np.mean(column) for key, column in columns.items()}, None))
+        table.append(("  deviation", {key: np.std(column, ddof=1) for key, column in columns.items()}, None))
+        together, extra = ensemble(arm)
+        table.append((f"  {together.name}", together.values, None))
+        right, parts = together.raw.correct, []
+        for what, v in extra.items():
+            means = f"{v[right].mean():.3f} where right, {v[~right].mean():.3f} where wrong"
+            parts.append(f"{what.replace('_', ' ')} {means}")
+        notes.append(f"{together.name} ({arm[0].name} ...): {'; '.join(parts)}")
+    print(f"{len(runs[0].labels):,} test images of {TITLES[dataset]}")
+    print_scores(table, dataset == "cifar100", args.markdown)
+    print(LEGEND)
+    for note in notes:
+        print(textwrap.fill(note, 79, subsequent_indent="  "))
+    if len(runs) == 1:
+        print_details(runs[0], class_names(dataset))
+
+
+def report_claims(study, args):
+    """Print the verdict on a study; write verdict.json, verdict.png and stress.png of the first changed run."""
+    first, folder = study.baselines[0], study.arms[-1][0].folder
+    dataset = first.config["dataset"]
+    what = f"What the study says of one recipe, {first.name}"
+    if study.changed:
+        before, after = utils.recipe(first.config), utils.recipe(study.changed[0].config)
+        keys = [key for key in before | after if before.get(key) != after.get(key)]
+        changes = [f"{key} {after.get(key)} (was {before.get(key)})" for key in keys]
+        what = f"What changes with {', '.join(changes)}"
+    seeds = " against ".join(", ".join(str(run.seed) for run in arm) for arm in study.arms)
+    print("\n" + textwrap.fill(f"{what}; seeds {seeds}", 79))
+    rows = judge(study, dataset == "synthetic")
+    print_verdict(rows, args.markdown)
+    content = {"baselines": [run.name for run in study.baselines], "changed": [run.name for run in study.changed]}
+    content |= {"dataset": dataset, "claims": []}
+    for claim, estimate, ends, word in rows:
+        row = {"claim": claim.text, "figure": estimate.figure, "ci95": ends, "word": word}
+        content["claims"].append(row | {"control": estimate.control, "control_value": estimate.control_value})
+    new = utils.write_json(folder / "verdict.json", content)
+    if new or not (folder / "verdict.png").exists():
+        epochs = first.config["args"].get("epochs")
+        title = f"{what}: do the claims hold? {TITLES[dataset]}, {epochs} epochs, seeds {seeds}"
+        draw_verdict(folder / "verdict.png", rows, title)
+    print(f"wrote verdict.json and verdict.png to {folder}")
+    stressed = [arm for arm in study.arms if all(run.stress for run in arm)]
+    if stressed and (args.stress or not (folder / "stress.png").exists()):
+        source = stressed[0][0].stress.source
+        draw_stress(folder / "stress.png", stressed, f"{TITLES[dataset]} under stress, {source}")
+
+
 def main(argv=None):
     """Evaluate the given runs; returns {run directory: {metric: value}}."""
     args = parse_args(argv)
-    folders = find_runs(args.runs)
-    where = [utils.dataset_of(*folder, args) for folder in folders]
-    stale = [(d / "best.pt").exists() and (args.refresh or known_checksums(d) != checksums(d)) for d, _ in folders]
-    device = utils.select_device(args.device) if any(stale) or args.stress or args.device != "auto" else None
-    for (run_dir, _), (dataset, data_dir), compute in zip(folders, where, stale):
-        if compute:
-            compute_logits(run_dir, dataset, data_dir, device)
 
+    # logits and metrics of every run
+    folders = find_runs(args.runs)
+    device = update_logits(folders, args)
     runs = [read_run(*folder) for folder in folders]
     comparable = [run for run in runs if np.array_equal(run.labels, runs[0].labels)]
     for run in runs:
@@ -1393,50 +1393,21 @@ def main(argv=None):
         run.measure(weights if run in comparable else resample(run.labels))
         write_run(run, args)
         run.stress = None if args.refresh and args.stress else read_stress(run)
+    report_scores(runs, arms, args)
 
-    dataset = runs[0].config["dataset"]
-    table, uncertainty = [], []
-    for arm in arms + [[run] for run in runs if not any(run in arm for arm in arms)]:
-        for run in arm:
-            table.append((run.name, run.values | {"temperature": run.temperature}, interval(run.draws["accuracy"])))
-        if len(arm) > 1:
-            together, extra = ensemble(arm)
-            table += [*mean_and_spread(arm), (f"  {together.name}", together.values, None)]
-            uncertainty.append((f"{together.name} ({arm[0].name} ...)", extra, together.raw.correct))
-    print(f"{len(runs[0].labels):,} test images of {TITLES[dataset]}")
-    print_scores(table, dataset == "cifar100", args.markdown)
-    print(LEGEND)
-    for name, extra, correct in uncertainty:
-        parts = [f"{what.replace('_', ' ')} {v[correct].mean():.3f} where right, {v[~correct].mean():.3f} where wrong"
-                 for what, v in extra.items()]  # fmt: skip
-        print(textwrap.fill(f"{name}: " + "; ".join(parts), 79, subsequent_indent="  "))
-    if len(runs) == 1:
-        print_details(runs[0], class_names(dataset))
-
+    # stress
     if args.stress:
         test = StressTest(args, comparable, arms[0], device)
         for run in comparable:
             test.measure(run)
     stressed = [run for run in comparable if run.stress]
     if stressed:
-        print()
         print_stress(stressed, args.markdown)
+
+    # claims: every other recipe against the first one
     for changed in arms[1:] or [[]]:
-        study = Study(arms[0], changed, weights)
-        if changed:
-            what = f"What changes with {recipe_change(arms[0], changed)}"
-        else:
-            what = f"What the study says of one recipe, {arms[0][0].name}"
-        seeds = [", ".join(str(run.seed) for run in arm) for arm in (arms[0], changed) if arm]
-        epochs = arms[0][0].config["args"].get("epochs")
-        print("\n" + textwrap.fill(f"{what}; seeds {' against '.join(seeds)}", 79))
-        title = f"{what}: do the claims hold? {TITLES[dataset]}, {epochs} epochs, seeds {' against '.join(seeds)}"
-        publish_verdict(study, title, args)
-        both = [arm for arm in (arms[0], changed) if arm and all(run.stress for run in arm)]
-        folder = (changed or arms[0])[0].folder
-        if both and (args.stress or not (folder / "stress.png").exists()):
-            draw_stress(folder / "stress.png", both, f"{TITLES[dataset]} under stress, {both[0][0].stress.source}")
-    others = [utils.quote(arm[0].folder) for arm in arms[1:]] + [utils.quote(run.folder) for run in arms[0][1:]]
+        report_claims(Study(arms[0], changed, weights), args)
+    others = [utils.quote(run.folder) for run in [arm[0] for arm in arms[1:]] + arms[0][1:]]
     compare = f" --compare {' '.join(others)}" if others else ""
     print(f"next: python failures.py {utils.quote(runs[0].folder)}{compare}")
     return {str(run.folder): run.values for run in runs}

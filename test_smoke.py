@@ -1594,7 +1594,7 @@ def test_chain_stress():
     refused(evaluate.main, official, 2, "gaussian_noise.npy")
     blocks = np.arange(50_000 * 4, dtype=np.uint32).view(np.uint8).reshape(50_000, 4, 4, 1)
     np.save(folder / "fog.npy", np.broadcast_to(blocks.repeat(8, 1).repeat(8, 2), (50_000, 32, 32, 3)))
-    found = evaluate.CifarC(folder, np.array([3, 7]), labels[[3, 7]]).corrupt(None, "fog", 2)
+    found = evaluate.read_cifar_c(folder, "fog", 2, np.array([3, 7]))
     assert (found[1, ::8, ::8, 0].numpy() == blocks[10_007, :, :, 0]).all()  # severity 2 starts at image 10,000
 
 
