@@ -1419,6 +1419,9 @@ def test_verdict_decides_by_the_interval():
         ((-0.009, 0.009), no, no, yes), ((-0.011, 0.009), no, no, no), ((-0.02, 0.02), no, no, no),
     ):  # fmt: skip
         assert [evaluate.decide(ends, side) for side in ("below", "above", "within")] == words, ends
+    for claim in evaluate.CLAIMS:  # what has to fall says so
+        falls = any(word in claim.text for word in ("fewer", "less", "falls", "gap", "NLL", "worst", "the same"))
+        assert claim.side == ("within" if "within" in claim.text else "below" if falls else "above"), claim.text
 
 
 def test_verdict_intervals_cover_images_and_seeds():
@@ -1517,7 +1520,6 @@ def test_verdict_reads_attention_of_this_checkpoint_only():
         assert word in printed and (estimate.figure is None) == bool(word), printed
     assert math.isclose(estimate.figure, 1 - matched) and math.isclose(estimate.control_value, matched)
     assert "one baseline" in estimate.note
-
 
 
 # ---- stress --------------------------------------------------------------------------------------------------------
