@@ -1069,19 +1069,23 @@ def test_metrics_against_loops():
         family = next(group.split() for group in data.SUPERCLASSES.values() if data.CLASS_NAMES[label] in group.split())
         assert scores.same_superclass[i] == (data.CLASS_NAMES[ranked[0]] in family)
     scores.confidence = scores.confidence.round(2)  # ties
-    values = {name: v[0] for name, v in evaluate.metrics(scores, labels, np.ones((1, len(labels)))).items()}
     confidence, correct, wrong = scores.confidence, scores.correct, ~scores.correct
-    assert math.isclose(values["ece"], utils.calibration_error(confidence, correct))
-    expected = utils.macro_scores(utils.confusion_matrix(labels, scores.pred, 100))
-    assert np.allclose([values[f"macro_{name}"] for name in ("precision", "recall", "f1")], expected)
+    macro = utils.macro_scores(utils.confusion_matrix(labels, scores.pred, 100))
     pairs = [(a > b) + (a == b) / 2 for a in confidence[correct] for b in confidence[wrong]]
-    assert math.isclose(values["auroc_failure"], sum(pairs) / len(pairs))
     risks = [wrong[confidence >= c].mean() for c in confidence]  # among the images at least as confident
-    assert math.isclose(values["aurc"], np.mean(risks))
-    inside = [data.SUPERCLASS_OF[p] == data.SUPERCLASS_OF[y] for p, y in zip(scores.pred[wrong], labels[wrong])]
-    assert math.isclose(values["errors_within_superclass"], np.mean(inside))
-    assert math.isclose(values["signed_gap"], confidence.mean() - correct.mean())
-    assert math.isclose(values["confident_errors"], (wrong & (confidence > 0.9)).mean())
+    expected = dict(zip(("macro_precision", "macro_recall", "macro_f1"), macro)) | {
+        "accuracy": correct.mean(),
+        "nll": scores.nll.mean(),
+        "ece": utils.calibration_error(confidence, correct),
+        "auroc_failure": sum(pairs) / len(pairs),
+        "aurc": np.mean(risks),
+        "errors_within_superclass": scores.same_superclass[wrong].mean(),
+        "signed_gap": confidence.mean() - correct.mean(),
+        "confident_errors": (wrong & (confidence > 0.9)).mean(),
+    }
+    found = evaluate.metrics(scores, labels, np.ones((1, len(labels))))
+    for name, value in expected.items():
+        assert math.isclose(found[name][0], value), name
 
 
 def test_metrics_with_weights_are_those_of_repeated_images():
@@ -1120,15 +1124,16 @@ def test_metrics_closed_forms_against_simulation():
 
 def test_metrics_temperature():
     logits, labels = random_case(2000)
+    nll_at = lambda z, t: -utils.log_softmax(z / t)[np.arange(2000), labels].mean()  # noqa: E731
+    best = evaluate.fit_temperature(logits, labels)
     for factor in (1, 3, 0.2, 40):
-        t = evaluate.fit_temperature(logits * factor, labels)
-        nll = [-utils.log_softmax(logits * factor / s)[np.arange(2000), labels].mean() for s in (t, 0.99 * t, 1.01 * t)]
-        assert nll[0] < min(nll[1:]) and math.isclose(t / factor, evaluate.fit_temperature(logits, labels), rel_tol=1e-6)
-    perfect = 5.0 * np.eye(100)
-    assert math.isclose(evaluate.fit_temperature(perfect, np.arange(100)), 0.01)  # no minimum: the bound
+        scaled = logits * factor
+        t = evaluate.fit_temperature(scaled, labels)
+        assert math.isclose(t, factor * best, rel_tol=1e-6)
+        assert nll_at(scaled, t) < min(nll_at(scaled, 0.99 * t), nll_at(scaled, 1.01 * t))
+    assert math.isclose(evaluate.fit_temperature(5.0 * np.eye(100), np.arange(100)), 0.01)  # no minimum: the bound
     run = run_of(logits, labels, temperature=2.0)
-    assert math.isclose(run.values["nll_scaled"], -utils.log_softmax(logits / 2)[np.arange(2000), labels].mean())
-    assert "accuracy_scaled" not in run.values and run.values["ece_scaled"] != run.values["ece"]
+    assert math.isclose(run.values["nll_scaled"], nll_at(logits, 2.0)) and "accuracy_scaled" not in run.values
 
 
 def test_metrics_extremes():
@@ -1143,13 +1148,18 @@ def test_metrics_extremes():
 
 
 def test_metrics_ensemble_by_hand():
+    """The mean of the probabilities, which the mean of the logits is not."""
     labels, one, two = np.array([0, 1]), np.full((2, 100), -50.0), np.full((2, 100), -50.0)
-    one[:, 0], two[:, 1] = 50, 50  # each sure of another class
-    together, extra = evaluate.ensemble([run_of(one, labels), run_of(two, labels)])
+    one[:, 0], two[:, 1] = 50, 10  # each sure of another class
+    runs = [run_of(one, labels, temperature=40), run_of(two, labels, temperature=20)]
+    together, extra = evaluate.ensemble(runs)
     assert np.allclose(np.exp(utils.log_softmax(together.logits))[:, :2], 0.5)
+    scaled = np.mean([np.exp(utils.log_softmax(run.scaled_logits)) for run in runs], 0)
+    assert np.allclose(np.exp(utils.log_softmax(together.scaled_logits)), scaled)
     assert (extra["disagreement"] == 1).all() and np.allclose(extra["mutual_information"], math.log(2))
-    same, extra = evaluate.ensemble([run_of(one, labels)] * 3)
-    assert (extra["disagreement"] == 0).all() and np.allclose(extra["mutual_information"], 0) and same.values["accuracy"] == 0.5
+    same, extra = evaluate.ensemble(runs[:1] * 3)
+    assert (extra["disagreement"] == 0).all() and np.allclose(extra["mutual_information"], 0)
+    assert same.values["accuracy"] == 0.5
 
 
 # ---- the verdict ---------------------------------------------------------------------------------------------------
@@ -1198,22 +1208,23 @@ def test_verdict_is_right_on_simulated_runs():
 
 
 def test_verdict_decides_by_the_interval():
-    for ends, side, word in (
-        ((-2, -1), "below", "supported"), ((-2, 1), "below", "not decided"), ((1, 2), "below", "contradicted"),
-        ((1, 2), "above", "supported"), ((-2, -1), "above", "contradicted"), ((-0.009, 0.009), "within", "supported"),
-        ((-0.011, 0.009), "within", "not decided"), ((0.011, 0.02), "within", "contradicted"),
-        ((-0.02, 0.02), "within", "not decided"), ((-0.03, -0.02), "within", "contradicted"),
+    no, yes, never = "not decided", "supported", "contradicted"
+    for ends, *words in (  # below 0, above 0, within a point of 0
+        ((-2, -1), yes, never, never), ((1, 2), never, yes, never), ((0.011, 0.02), never, yes, never),
+        ((-0.009, 0.009), no, no, yes), ((-0.011, 0.009), no, no, no), ((-0.02, 0.02), no, no, no),
     ):  # fmt: skip
-        assert evaluate.decide(ends, side) == word, (ends, side)
+        assert [evaluate.decide(ends, side) for side in ("below", "above", "within")] == words, ends
+    for claim in evaluate.CLAIMS:  # what has to fall says so
+        falls = any(word in claim.text for word in ("fewer", "less", "falls", "gap", "NLL", "worst", "the same"))
+        assert claim.side == ("within" if "within" in claim.text else "below" if falls else "above"), claim.text
 
 
 def test_verdict_intervals_cover_images_and_seeds():
-    """Student's t with 2 degrees of freedom is 4.303 standard errors wide; the image noise is shrunk, not counted twice."""
+    """The image noise is shrunk, not counted twice; Student's t with 2 degrees of freedom reaches over 4.303 errors."""
     draws = np.random.default_rng(0).normal(5, 1, 2000)
-    low, high = np.quantile(evaluate.with_noise(0.0, draws, 0.0, 0.0, 0), [0.025, 0.975])
-    assert abs(low + 1.96) < 0.15 and abs(high - 1.96) < 0.15
-    low, high = np.quantile(evaluate.with_noise(7.0, np.zeros(2000), 0.0, 10.0, 2), [0.025, 0.975])
-    assert abs((high - 7) / 43.03 - 1) < 0.05 and abs((7 - low) / 43.03 - 1) < 0.05
+    for figure, of_images, error, degrees, half in ((0, draws, 0, 0, 1.96), (7, np.zeros(2000), 10, 2, 43.03)):
+        low, high = np.quantile(evaluate.with_noise(figure, of_images, 0.0, error, degrees), [0.025, 0.975])
+        assert abs((high - figure) / half - 1) < 0.08 and abs((figure - low) / half - 1) < 0.08, (low, high)
     assert math.isclose(evaluate.with_noise(0.0, draws, 0.75 * draws.var(), 0.0, 0).std(), draws.std() / 2)
     rows = np.random.default_rng(1).normal(size=(2, 2000))
     arm = evaluate.Arm(np.array([0.1, 0.3]), rows)
@@ -1225,32 +1236,30 @@ def test_verdict_intervals_cover_images_and_seeds():
 
 def test_verdict_figures_by_hand():
     labels, rng = np.arange(1000) % 100, np.random.default_rng(0)
-    base = simulated_runs(labels, (1, 2), rng, sharper=1.5)
-    other = simulated_runs(labels, (1, 3), rng, sharper=1.0)
+    base, other = simulated_runs(labels, (1, 2), rng, sharper=1.5), simulated_runs(labels, (1, 3), rng, sharper=1.0)
     rows = verdict_of(study_of(base, other))
-    means = [np.mean([run.raw.correct.mean() for run in arm]) for arm in (base, other)]
-    assert math.isclose(rows["accuracy stays within 1 point"][0].figure, means[1] - means[0])
-    gaps = [np.mean([run.values["signed_gap"] for run in arm]) for arm in (base, other)]
-    assert math.isclose(rows["calibration improves (gap)"][0].figure, abs(gaps[1]) - abs(gaps[0]))
 
-    # No run is asked about failures of its own seed: set 1 sees base 2 and other 3; set 2 sees base 1, other 1 and 3.
     def on(run, picker):
         return run.raw.confidence[picker.raw.failures].mean()
 
+    def means(of_run):  # of the baselines, and of the others
+        return [np.mean([of_run(run) for run in arm]) for arm in (base, other)]
+
+    # No run is asked about failures of its own seed: set 1 sees base 2 and other 3; set 2 sees base 1, other 1 and 3.
     first = on(other[1], base[0]) - on(base[1], base[0])
     second = (on(other[0], base[1]) + on(other[1], base[1])) / 2 - on(base[0], base[1])
-    estimate = rows["earlier failures less confident"][0]
-    assert math.isclose(estimate.figure, (first + second) / 2, rel_tol=1e-6)
     drops = [on(base[1], base[0]) - on(base[0], base[0]), on(base[0], base[1]) - on(base[1], base[1])]
-    assert math.isclose(estimate.control_value, np.mean(drops), rel_tol=1e-6)
-
-    # Error rate among equally many most confident images.
-    count = round(np.mean([(run.raw.confidence > 0.9).sum() for run in base]))
-    rates = [[(~run.raw.correct[np.argsort(-run.raw.confidence)[:count]]).mean() for run in arm] for arm in (base, other)]
-    assert math.isclose(rows["fewer errors at equal coverage"][0].figure, np.mean(rates[1]) - np.mean(rates[0]))
-    small = np.isin(labels, data.SMALL_ANIMALS)
-    gap = np.mean([run.raw.correct[small].mean() - run.raw.correct[~small].mean() for run in base])
-    assert math.isclose(rows["small animals do worst"][0].figure, gap)
+    assert math.isclose(rows["earlier failures less confident"][0].control_value, np.mean(drops), rel_tol=1e-6)
+    count = round(means(lambda run: (run.raw.confidence > 0.9).sum())[0])
+    small, surest = np.isin(labels, data.SMALL_ANIMALS), lambda run: np.argsort(-run.raw.confidence)[:count]
+    for text, (before, after) in (
+        ("accuracy stays within 1 point", means(lambda run: run.raw.correct.mean())),
+        ("calibration improves (gap)", np.abs(means(lambda run: run.values["signed_gap"]))),
+        ("fewer errors at equal coverage", means(lambda run: (~run.raw.correct[surest(run)]).mean())),
+        ("earlier failures less confident", (0, (first + second) / 2)),
+        ("small animals do worst", [means(lambda run: run.raw.correct[part].mean())[0] for part in (~small, small)]),
+    ):
+        assert math.isclose(rows[text][0].figure, after - before, rel_tol=1e-6), text
 
 
 def test_verdict_needs_two_runs_of_each_recipe():
@@ -1278,11 +1287,11 @@ def test_verdict_peaks_are_those_of_the_other_runs():
     study = evaluate.Study(runs, [], None)
     for column, sign in (("val_acc", 1), ("val_loss", -1)):
         estimate = evaluate.worse_after_peak(column, sign, 0)(study)
-        # a: the others peak in epoch 1, 0.1 against 0.3; b: in epoch 2 (6 against 4 and 4), 0.1 against 0.2; c: 0.1 and 0.1
+        # The others of a peak in epoch 1: 0.1 against 0.3. Those of b and c peak in 2: 0.1 against 0.2, and 0.1.
         assert math.isclose(estimate.figure, np.mean([-0.2, -0.1, 0.0])), estimate
         assert math.isclose(estimate.control_value, np.mean([1, 2, 2]))
-    (runs[0].folder / "log.csv").unlink()
-    (runs[1].folder / "log.csv").unlink()
+    for run in runs[:2]:
+        (run.folder / "log.csv").unlink()
     estimate, printed = quietly(evaluate.worse_after_peak("val_acc", 1, 0), study)
     assert estimate.figure is None and "left out" in printed
 
@@ -1293,48 +1302,73 @@ def test_verdict_reads_attention_of_this_checkpoint_only():
     run.folder = scratch() / "attention"
     run.folder.mkdir()
     utils.write_json(run.folder / "metrics.json", {"sha256": {"best.pt": "abc"}})
-    picked = np.flatnonzero(run.raw.failures)
-    rows = []
+    picked, rows = np.flatnonzero(run.raw.failures), []
     for pair, index in enumerate(picked):  # every failure loses more at the border, every third match does
         for group, border in (("failure", 0.5), ("matched", 0.5 if pair % 3 == 0 else 0.1)):
             row = {"pair": pair, "group": group, "index": index, "confidence": 0.95, "border_drop": border}
             rows.append(row | {"centre_drop": 0.3, "checkpoint": "abc"})
-    utils.write_csv(run.folder / "attention.csv", rows)
-    study = study_of([run], [])
-    estimate = evaluate.attention_on_border(study)
-    matched = np.mean(np.arange(len(picked)) % 3 == 0)
+    study, matched = study_of([run], []), np.mean(np.arange(len(picked)) % 3 == 0)
+    other = [row | {"checkpoint": "abd"} for row in rows]
+    for content, word in ((other, "another best.pt"), (rows[:-2], "does not have all failures"), (rows, "")):
+        utils.write_csv(run.folder / "attention.csv", content)
+        estimate, printed = quietly(evaluate.attention_on_border, study)
+        assert word in printed and (estimate.figure is None) == bool(word), printed
     assert math.isclose(estimate.figure, 1 - matched) and math.isclose(estimate.control_value, matched)
     assert "one baseline" in estimate.note
-    for change, word in (({"checkpoint": "abd"}, "another best.pt"), (None, "does not have all failures")):
-        utils.write_csv(run.folder / "attention.csv", [row | change for row in rows] if change else rows[:-2])
-        estimate, printed = quietly(evaluate.attention_on_border, study)
-        assert estimate.figure is None and word in printed, printed
 
 
 # ---- stress --------------------------------------------------------------------------------------------------------
 
 
+@contextlib.contextmanager
+def raised(kind, word=""):
+    """The block must raise an error of this kind that says the word."""
+    try:
+        yield
+    except kind as error:
+        assert word in str(error), error
+    else:
+        raise AssertionError(f"no {kind.__name__} with {word}")
+
+
+def without_drawing(main, *argv):
+    """(result, what is printed) of main(argv), with dummies as pictures."""
+    with replaced(utils, "save_figure", lambda figure, path: Path(path).write_bytes(b"drawn")):
+        return quietly(main, [str(arg) for arg in argv])
+
+
+def within_79_columns(printed):
+    """No line is longer, but for those with a path of this session."""
+    return all(len(line) <= 79 for line in printed.splitlines() if str(scratch()) not in line)
+
+
+def json_of(path):
+    return json.loads(path.read_text())
+
+
 def test_stress_attacks():
     """No change at eps 0; within the ball and 0..255; PGD at least as strong as FGSM; stronger with eps."""
     model = utils.load_model(chain()[0][0]).requires_grad_(False)
-    images, labels = data.load_synthetic(False)
-    images, labels = images[:200], labels[:200]
-    accuracy = {}
+    images, labels = (part[:200] for part in data.load_synthetic(False))
+
+    def accuracy(pixels):
+        return (utils.predict(model, [data.normalize(pixels)]).argmax(1) == labels).float().mean().item()
+
+    found, clean = {}, accuracy(images)
     for steps, epsilon in itertools.product((1, 10), (0, 0.25, 2, 8)):
         attacked = evaluate.attack(model, images, labels, epsilon, steps, contextlib.nullcontext)
-        assert (attacked - images.float()).abs().max() <= epsilon + 1e-4 and 0 <= attacked.min() and attacked.max() <= 255
-        preds = utils.predict(model, [data.normalize(attacked)]).argmax(1)
-        accuracy[steps, epsilon] = (preds == labels).float().mean().item()
-    clean = (utils.predict(model, [data.normalize(images)]).argmax(1) == labels).float().mean().item()
-    assert accuracy[1, 0] == accuracy[10, 0] == clean > 0.3
-    assert accuracy[10, 8] < accuracy[10, 2] < clean and accuracy[10, 8] <= accuracy[1, 8] + 0.01, accuracy
+        assert (attacked - images.float()).abs().max() <= epsilon + 1e-4
+        assert 0 <= attacked.min() and attacked.max() <= 255
+        found[steps, epsilon] = accuracy(attacked)
+    assert found[1, 0] == found[10, 0] == clean > 0.3
+    assert found[10, 8] < found[10, 2] < clean > found[1, 8] > found[10, 8] - 0.01, found
 
 
 def test_chain_stress():
     runs = [copy_of_run("stressed", "*.png"), scratch() / "stressed too"]
     shutil.copytree(chain()[0][1], runs[1], ignore=shutil.ignore_patterns("*.png"))
     flags = [*map(str, runs), "--stress", "--stress-images", "100", "--device", "cpu"]
-    calls, corrupt = [], evaluate.corrupt
+    calls, corrupt, listed = [], evaluate.corrupt, runs[1] / "stress.csv"
 
     def interrupted(images, name, severity):
         calls.append(name)
@@ -1343,50 +1377,50 @@ def test_chain_stress():
         return corrupt(images, name, severity)
 
     with replaced(evaluate, "corrupt", interrupted):
-        try:
+        with raised(KeyboardInterrupt):
             quietly(evaluate.main, flags)
-        except KeyboardInterrupt:
-            pass
         first = np.load(runs[0] / "stress_confidence.npy")
         assert np.isfinite(first[:4]).all() and np.isnan(first[4:]).all()  # clean and three corruptions
         _, printed = quietly(evaluate.main, flags)
-        assert len(calls) == 4 + 57 + 60  # what was complete is not measured again
-        assert (np.load(runs[0] / "stress_confidence.npy")[:4] == first[:4]).all()
-        rows = read_csv(runs[1] / "stress.csv")
-        preds, labels = np.load(runs[1] / "stress_preds.npy"), np.load(runs[1] / "test_labels.npy")
-        index = [i for k in range(100) for i in np.flatnonzero(labels == k)[:1]]  # the first image of each class
-        for row, pred in zip(rows, preds):
-            assert row["accuracy"] and abs(float(row["accuracy"]) - (pred == labels[sorted(index)]).mean()) < 1e-5, row
-        own = [row["accuracy"] for row in read_csv(runs[0] / "stress.csv") if row["kind"] == "transfer"]
-        assert own == [""] * 4 and (runs[1] / "stress.png").exists()
-        assert not [line for line in printed.splitlines() if len(line) > 79 and str(scratch()) not in line]
-        with replaced(evaluate, "StressTest", None):  # later calls show it from the files
-            again = quietly(evaluate.main, flags[:2])[1]
-        assert "stress, in %" in again and "more accurate under corruption        -" not in again
-        claims = {c["claim"]: c for c in json.loads((runs[1] / "verdict.json").read_text())["claims"]}
-        assert claims["more accurate under corruption"]["figure"] is not None
-        text = (runs[1] / "stress.csv").read_text()
-        (runs[1] / "stress.csv").write_text(text.splitlines()[0] + "\n")  # cut short: left out, no traceback
-        assert "left out" in quietly(evaluate.main, [str(runs[1])])[1]
-        victim = utils.checkpoint_id(runs[0])
-        (runs[1] / "stress.csv").write_text(text.replace(victim, "0" * 64))  # made against another network
-        with replaced(evaluate, "corrupt", None):  # so only the transfer is measured again
-            quietly(evaluate.main, flags)
-        assert victim in text and (runs[1] / "stress.csv").read_text() == text
-        refused(evaluate.main, [runs[0], "--stress", "--stress-images", "200"], 2, "100 images", "--refresh")
-        shutil.copy(chain()[0][1] / "best.pt", runs[0] / "best.pt")
-        assert "another best.pt" in quietly(evaluate.main, [str(runs[0])])[1]
-    refused(evaluate.main, [runs[1], "--stress-images", "150"], 2, "multiple of 100")
-    refused(evaluate.main, [runs[1], "--cifar-c", "nowhere"], 2, "--cifar-c nowhere")
-    folder = scratch() / "cifar-c"
+    assert len(calls) == 4 + 57 + 60  # what was complete is not measured again
+    assert (np.load(runs[0] / "stress_confidence.npy")[:4] == first[:4]).all() and within_79_columns(printed)
+    preds, labels = np.load(runs[1] / "stress_preds.npy"), np.load(runs[1] / "test_labels.npy")
+    index = sorted(np.flatnonzero(labels == k)[0] for k in range(100))  # the first image of each class
+    for row, pred in zip(read_csv(listed), preds):
+        assert row["accuracy"] and abs(float(row["accuracy"]) - (pred == labels[index]).mean()) < 1e-5, row
+    own = [row["accuracy"] for row in read_csv(runs[0] / "stress.csv") if row["kind"] == "transfer"]
+    assert own == [""] * 4 and (runs[1] / "stress.png").exists()
+    with replaced(evaluate, "StressTest", None):  # later calls show it from the files
+        assert "stress, in %" in without_drawing(evaluate.main, *runs)[1]
+    claims = {claim["claim"]: claim["figure"] for claim in json_of(runs[1] / "verdict.json")["claims"]}
+    assert claims["more accurate under corruption"] is not None
+    text, victim = listed.read_text(), utils.checkpoint_id(runs[0])
+    listed.write_text(text.splitlines()[0] + "\n")  # cut short: left out, no traceback
+    assert "left out" in without_drawing(evaluate.main, runs[1])[1]
+    listed.write_text(text.replace(victim, "0" * 64))  # made against another network
+    with replaced(evaluate, "corrupt", None):  # so only the transfer is measured again
+        without_drawing(evaluate.main, *flags)
+    assert victim in text and listed.read_text() == text
+    refused(evaluate.main, [runs[0], "--stress", "--stress-images", "200"], 2, "100 images", "--refresh")
+    shutil.copy(chain()[0][1] / "best.pt", runs[0] / "best.pt")
+    assert "another best.pt" in without_drawing(evaluate.main, runs[0])[1]
+
+
+def test_chain_stress_with_the_authors_images():
+    run_dir, folder = copy_of_run("with CIFAR-100-C"), scratch() / "cifar-c"
+    refused(evaluate.main, [run_dir, "--stress-images", "150"], 2, "multiple of 100")
+    refused(evaluate.main, [run_dir, "--cifar-c", "nowhere"], 2, "--cifar-c nowhere")
     folder.mkdir()
-    official = [runs[1], "--stress", "--stress-images", "100", "--device", "cpu", "--refresh", "--cifar-c", folder]
-    refused(evaluate.main, official, 2, "labels.npy", "zenodo")
-    np.save(folder / "labels.npy", np.zeros(50_000, np.uint8))
-    refused(evaluate.main, official, 2, "other labels")
-    np.save(folder / "labels.npy", np.tile(labels, 5))
-    np.save(folder / "gaussian_noise.npy", np.zeros((5, 32, 32, 3), np.uint8))
-    refused(evaluate.main, official, 2, "gaussian_noise.npy")
+    labels = np.load(run_dir / "test_labels.npy")
+    flags = "--stress --stress-images 100 --device cpu --cifar-c".split()
+    for name, array, *words in (
+        ("other", labels, "labels.npy", "zenodo"),
+        ("labels", np.zeros(50_000, np.uint8), "other labels"),
+        ("labels", np.tile(labels, 5), "gaussian_noise.npy"),
+        ("gaussian_noise", np.zeros((5, 32, 32, 3), np.uint8), "gaussian_noise.npy"),
+    ):
+        np.save(folder / f"{name}.npy", array)
+        refused(evaluate.main, [run_dir, *flags, folder], 2, *words)
     blocks = np.arange(50_000 * 4, dtype=np.uint32).view(np.uint8).reshape(50_000, 4, 4, 1)
     np.save(folder / "fog.npy", np.broadcast_to(blocks.repeat(8, 1).repeat(8, 2), (50_000, 32, 32, 3)))
     found = evaluate.read_cifar_c(folder, "fog", 2, np.array([3, 7]))
@@ -1398,25 +1432,23 @@ def test_chain_stress():
 
 def test_chain_evaluate_writes_what_it_says():
     for run_dir in chain()[0]:
-        metrics = json.loads((run_dir / "metrics.json").read_text())
+        metrics, rows = json_of(run_dir / "metrics.json"), read_csv(run_dir / "per_class.csv")
         logits, labels = np.load(run_dir / "test_logits.npy"), np.load(run_dir / "test_labels.npy")
         assert logits.shape == (10_000, 100) and logits.dtype == np.float32 and labels.dtype == np.int64
         assert (labels == data.load_synthetic(False)[1].numpy()).all()  # row i is test image i
-        assert abs(metrics["accuracy"] - (logits.argmax(1) == labels).mean()) < 1e-6 and metrics["accuracy"] > 0.05
         low, high = metrics["ci95"]["accuracy"]
-        assert low < metrics["accuracy"] < high and "ece" not in metrics["ci95"]
+        assert 0.05 < low < metrics["accuracy"] < high and "ece" not in metrics["ci95"]
         confusion = np.load(run_dir / "confusion.npy")
-        assert abs(np.trace(confusion) / confusion.sum() - metrics["accuracy"]) < 1e-6
-        rows = read_csv(run_dir / "per_class.csv")
-        assert len(rows) == 100 and abs(np.mean([float(row["accuracy"]) for row in rows]) - metrics["macro_recall"]) < 1e-5
+        of_classes = np.mean([float(row["accuracy"]) for row in rows])
+        for accuracy in ((logits.argmax(1) == labels).mean(), np.trace(confusion) / confusion.sum(), of_classes):
+            assert abs(accuracy - metrics["accuracy"]) < 1e-5 and len(rows) == 100
+        temperature = evaluate.fit_temperature(*utils.load_logits(run_dir, "val"))  # not on the test images
+        assert math.isclose(metrics["temperature"], temperature, rel_tol=1e-4)
         for name in ("confusion.png", "per_class.png", "reliability.png"):
             assert (run_dir / name).stat().st_size > 10_000
-    text = (chain()[0][1] / "verdict.json").read_text()
-    claims = json.loads(text)["claims"]
-    assert "NaN" not in text and set(claims[0]) == {"claim", "figure", "ci95", "word", "control", "control_value"}
-    printed = chain()[1][2]
-    assert "SYNTHETIC" in printed
-    assert not [line for line in printed.splitlines() if len(line) > 79 and str(scratch()) not in line]
+    claims = json_of(chain()[0][1] / "verdict.json")["claims"]
+    assert set(claims[0]) == {"claim", "figure", "ci95", "word", "control", "control_value"}
+    assert "SYNTHETIC" in chain()[1][2] and within_79_columns(chain()[1][2])
 
 
 def test_chain_evaluates_again_without_checkpoint_and_data():
@@ -1425,13 +1457,12 @@ def test_chain_evaluates_again_without_checkpoint_and_data():
         utils.write_npy(run_dir / name, np.load(run_dir / name).astype(np.float16))
     checkpoint = utils.checkpoint_id(run_dir)
     utils.write_json(run_dir / "metrics.json", {"sha256": {"best.pt": checkpoint}})
-    before = json.loads((chain()[0][0] / "metrics.json").read_text())
     with replaced(evaluate, "load_dataset", None):  # any use of it would raise
-        metrics = quietly(evaluate.main, [str(run_dir)])[0][str(run_dir)]
-        assert abs(metrics["accuracy"] - before["accuracy"]) < 0.001 and (run_dir / "confusion.png").exists()
-        assert utils.checkpoint_id(run_dir) == checkpoint
+        metrics = without_drawing(evaluate.main, run_dir)[0][str(run_dir)]
+        assert abs(metrics["accuracy"] - json_of(chain()[0][0] / "metrics.json")["accuracy"]) < 0.001
+        assert utils.checkpoint_id(run_dir) == checkpoint and (run_dir / "confusion.png").exists()
         times = {path: path.stat().st_mtime_ns for path in run_dir.iterdir()}
-        table = quietly(evaluate.main, [str(run_dir), "--markdown"])[1]
+        table = without_drawing(evaluate.main, run_dir, "--markdown")[1]
     assert times == {path: path.stat().st_mtime_ns for path in run_dir.iterdir()}  # equal files are left alone
     assert f"| logits only | {100 * metrics['accuracy']:.2f} [" in table
 
@@ -1440,22 +1471,21 @@ def test_chain_evaluates_anew_when_the_checkpoint_has_changed():
     run_dir = copy_of_run("changed", "last.pt", "*.png")
     shutil.copy(chain()[0][1] / "best.pt", run_dir / "best.pt")
     refused(failures.main, [run_dir], 2, "best.pt", "python evaluate.py")
-    with replaced(utils, "save_figure", lambda figure, path: None):
-        _, printed = quietly(evaluate.main, [str(run_dir)])
-    assert "logits of best.pt" in printed
+    assert "logits of best.pt" in without_drawing(evaluate.main, run_dir)[1]
     assert (np.load(run_dir / "test_logits.npy") == np.load(chain()[0][1] / "test_logits.npy")).all()
 
 
-def test_chain_evaluate_passes_over_empty_folders_and_other_labels():
-    empty = scratch() / "empty run"
+def test_chain_evaluate_passes_over_empty_folders_other_labels_and_the_same_seed_again():
+    first, empty = copy_of_run("the first", "*.pt", "*.png"), scratch() / "empty run"
     empty.mkdir()
     refused(evaluate.main, [empty], 2, "python train.py")
-    others = copy_of_run("other labels", "*.pt", "*.png")
+    twin, others = copy_of_run("its twin", "*.pt", "*.png"), copy_of_run("other labels", "*.pt", "*.png")
     utils.write_npy(others / "test_labels.npy", (np.load(others / "test_labels.npy") + 1) % 100)
     utils.write_json(others / "metrics.json", {"sha256": {}})
-    with replaced(utils, "save_figure", lambda figure, path: None):
-        _, printed = quietly(evaluate.main, [str(chain()[0][0]), str(empty), str(others)])
+    _, printed = without_drawing(evaluate.main, first, empty, twin, others)
     assert "empty run has no saved epoch" in printed and "other labels was scored on other images" in printed
+    assert "its twin repeats the seed" in printed and "mean of 2" not in printed
+    assert json_of(first / "verdict.json")["baselines"] == ["the first"]
 
 
 def test_readme_tables_are_what_evaluate_prints():
@@ -1467,11 +1497,11 @@ def test_readme_tables_are_what_evaluate_prints():
     work = scratch() / "results"
     shutil.copytree(results, work)
     before = {path: path.read_bytes() for path in work.rglob("*") if path.is_file()}
-    shown, texts = [], {claim.text for claim in evaluate.CLAIMS}
+    shown, texts = [], {"in %", "in %, NLL in nats", *(claim.text for claim in evaluate.CLAIMS)}
     for command in commands:
-        runs = [str(run) for pattern in command.split() for run in sorted(work.glob(pattern))]
-        shown += quietly(evaluate.main, [*runs, "--markdown"])[1].splitlines()
-        texts |= {Path(run).name for run in runs}
+        runs = [run for pattern in command.split() for run in sorted(work.glob(pattern))]
+        shown += without_drawing(evaluate.main, *runs, "--markdown")[1].splitlines()
+        texts |= {run.name for run in runs}
     for text in texts:
         lines = [line for line in readme.splitlines() if line.startswith(f"| {text} |") and line.count("|") > 4]
         assert lines and all(line in shown for line in lines), (text, lines)
@@ -1481,16 +1511,13 @@ def test_readme_tables_are_what_evaluate_prints():
 # ---- failures ------------------------------------------------------------------------------------------------------
 
 
-def run_from(path, labels, logits, **args):
-    """An evaluated run by hand: config.json, the test arrays and metrics.json, without a best.pt."""
-    run_dir = scratch() / path
-    run_dir.mkdir(parents=True, exist_ok=True)
-    args = {"smoothing": 0.0, "seed": 42} | args
-    utils.write_json(run_dir / "config.json", {"dataset": "synthetic", "args": args, "finished": True})
-    utils.write_npy(run_dir / "test_logits.npy", logits)
-    utils.write_npy(run_dir / "test_labels.npy", labels)
-    utils.write_json(run_dir / "metrics.json", {"sha256": {"best.pt": f"checkpoint of {path}"}})
-    return run_dir
+def wrong_images():
+    """(labels, preds, confidence): ten mistakes at 0.99, 0.98 ... 0.90, 100 right at 0.95, the others at 0.6."""
+    labels = data.load_synthetic(train=False)[1].numpy()
+    preds, confidence = labels.copy(), np.full(10_000, 0.6)
+    preds[:10] = (labels[:10] + 1) % 100
+    confidence[:10], confidence[10:110] = 0.99 - np.arange(10) / 100, 0.95
+    return labels, preds, confidence
 
 
 def logits_of(preds, confidence):
@@ -1500,19 +1527,20 @@ def logits_of(preds, confidence):
     return logits
 
 
-def find(*argv):
-    """failures.main on the arguments, without drawing: (rows, printed)."""
-    with replaced(utils, "save_figure", lambda figure, path: None):
-        return quietly(failures.main, [str(arg) for arg in argv])
+def run_from(path, logits=None, labels=None, **args):
+    """An evaluated run by hand, without a best.pt; of wrong_images(), where nothing else is given."""
+    true, *wrong = wrong_images()
+    run_dir = scratch() / path
+    run_dir.mkdir(parents=True, exist_ok=True)
+    config = {"dataset": "synthetic", "args": {"smoothing": 0.0, "seed": 42} | args, "finished": True}
+    utils.write_json(run_dir / "config.json", config)
+    utils.write_npy(run_dir / "test_logits.npy", logits_of(*wrong) if logits is None else logits)
+    utils.write_npy(run_dir / "test_labels.npy", true if labels is None else labels)
+    utils.write_json(run_dir / "metrics.json", {"sha256": {"best.pt": f"checkpoint of {path}"}})
+    return run_dir
 
 
-def wrong_images():
-    """(labels, preds, confidence) of a run: ten mistakes at 0.99, 0.98 ... 0.90, 100 right at 0.95, the others at 0.6."""
-    labels = data.load_synthetic(train=False)[1].numpy()
-    preds, confidence = labels.copy(), np.full(10_000, 0.6)
-    preds[:10] = (labels[:10] + 1) % 100
-    confidence[:10], confidence[10:110] = 0.99 - np.arange(10) / 100, 0.95
-    return labels, preds, confidence
+find = functools.partial(without_drawing, failures.main)  # (rows, printed)
 
 
 def test_chain_failures():
@@ -1522,61 +1550,58 @@ def test_chain_failures():
     probs, other = np.exp(utils.log_softmax(logits)), np.load(smoothed / "test_logits.npy").argmax(1)
     wrong = [i for i in range(10_000) if probs[i].argmax() != labels[i] and probs[i].max() > 0.75]
     assert [int(row["index"]) for row in rows] == sorted(wrong, key=lambda i: (-probs[i].max(), i)) and len(wrong) > 10
-    own = "index,true,predicted,confidence,true_probability,same_superclass,representative"
-    columns = [f"smoothing0.1_{what}" for what in "outcome predicted confidence wrong_probability true_probability".split()]
-    assert list(rows[0]) == own.split(",") + columns + ["checkpoint"]
+    own = "index true predicted confidence true_probability same_superclass representative"
+    added = "outcome predicted confidence wrong_probability true_probability"
+    assert list(rows[0]) == [*own.split(), *(f"smoothing0.1_{what}" for what in added.split()), "checkpoint"]
     for row in rows[:20]:
         i, pred = int(row["index"]), probs[int(row["index"])].argmax()
         assert row["true"] == f"synthetic_{labels[i]:02d}" and row["predicted"] == f"synthetic_{pred:02d}"
         assert row["true_probability"] == f"{probs[i, labels[i]]:.6g}" and row["confidence"] == f"{probs[i].max():.6g}"
-        changed = "same wrong class" if other[i] == pred else "new wrong class"
-        assert row["smoothing0.1_outcome"] == ("repaired" if other[i] == labels[i] else changed)
+        assert (row["smoothing0.1_outcome"] == "repaired") == (other[i] == labels[i])
         assert int(row["same_superclass"]) == (data.SUPERCLASS_OF[labels[i]] == data.SUPERCLASS_OF[pred])
         assert row["checkpoint"] == utils.sha256(baseline / "best.pt")
     assert sum(row["representative"] == "1" for row in rows) == 3 and rows[0]["representative"] == "1"
-    first = f"baseline: {len(rows):,} SYNTHETIC data test images that are wrong with confidence above 0.75 (wrong in all:"
-    assert " ".join(printed[3].split()).startswith(first)
+    what = "SYNTHETIC data test images that are wrong with confidence above 0.75 (wrong in all:"
+    assert " ".join(printed[3].split()).startswith(f"baseline: {len(rows):,} {what}") and within_79_columns(printed[3])
     assert "any other run" in printed[3] and "next: python gradcam.py" in printed[3]  # no control: a word on it
-    lines = [line for line in printed[3].splitlines() if str(scratch()) not in line]
-    assert max(map(len, lines)) <= 79, max(lines, key=len)
 
 
 def test_failures_representative_rule():
-    labels, preds = np.arange(10), np.array([1, 1, 1, 1, 1, 2, 2, 2, 2, 2])
-    pick = failures.representative
-    assert pick(np.arange(10), preds, labels, 3) == [0, 4, 9]
-    assert pick(np.arange(10), preds, labels, 1) == [0]
-    same = np.zeros(10, int)  # every failure of one pair: only one of them is shown
-    assert pick(np.arange(10), same, same, 3) == [0] and pick(np.arange(0), preds, labels, 3) == []
+    labels, preds, same = np.arange(10), np.repeat([1, 2], 5), np.zeros(10, int)
+    for failed, predicted, true, count, chosen in (
+        (np.arange(10), preds, labels, 3, [0, 4, 9]),
+        (np.arange(10), preds, labels, 1, [0]),
+        (np.arange(10), same, same, 3, [0]),  # every failure of one pair: only one of them is shown
+        (np.arange(0), preds, labels, 3, []),
+    ):
+        assert failures.representative(failed, predicted, true, count) == chosen
 
 
 def test_failures_in_other_runs_by_hand():
     """What two controls and a changed run make of ten failures; every number of the output by hand."""
     labels, preds, confidence = wrong_images()
-    first = run_from("hand/first", labels, logits_of(preds, confidence))
-    controls = []
+    first, controls = run_from("hand/first"), []
     for seed, repaired, elsewhere in ((43, [0, 1, 2], [3]), (44, [0, 1], [])):
-        there = preds.copy()
-        there[repaired] = labels[repaired]
-        there[elsewhere] = (labels[elsewhere] + 2) % 100
-        now = np.where(np.arange(10_000) < 10, 0.5, confidence)
-        controls.append(run_from(f"hand/seed{seed}", labels, logits_of(there, now), seed=seed))
+        there, now = preds.copy(), confidence.copy()
+        there[repaired], there[elsewhere], now[:10] = labels[repaired], (labels[elsewhere] + 2) % 100, 0.5
+        controls.append(run_from(f"hand/seed{seed}", logits_of(there, now), seed=seed))
     there, now = preds.copy(), np.minimum(confidence, 0.8)
-    there[:5] = labels[:5]
-    there[10:15] = (labels[10:15] + 1) % 100  # five of the hundred are lost, most confident of all
-    now[:10], now[10:15] = 0.4, 0.95
-    changed = run_from("hand/changed", labels, logits_of(there, now), smoothing=0.1)
-    copy = run_from("hand/copy", labels, logits_of(preds, confidence))  # the same seed: no control
+    there[:5], there[10:15] = labels[:5], (labels[10:15] + 1) % 100  # five of the hundred are lost
+    now[:10], now[10:15] = 0.4, 0.95  # most confident of all
+    changed = run_from("hand/changed", logits_of(there, now), smoothing=0.1)
+    copy = run_from("hand/copy")  # the same seed: no control
 
     rows, printed = find(first, "--threshold", "0.895", "--compare", controls[0], changed, controls[1], copy)
-    words = ["this seed only"] * 2 + ["some seeds"] * 2 + ["all seeds"] * 6
-    assert [row["over_seeds"] for row in rows] == words and [row["index"] for row in rows] == list(range(10))
-    fates = ["repaired"] * 3 + ["new wrong class"] + ["same wrong class"] * 6
-    assert [row["seed43_outcome"] for row in rows] == fates
-    assert [row["changed_outcome"] for row in rows] == ["repaired"] * 5 + ["same wrong class"] * 5
-    assert math.isclose(rows[9]["changed_wrong_probability"], 0.4) and math.isclose(rows[0]["confidence"], 0.99)
-    assert math.isclose(rows[9]["changed_true_probability"], 0.6 / 99)
-    assert {row["checkpoint"] for row in rows} == {"checkpoint of hand/first"}
+    for column, values in (
+        ("index", list(range(10))),
+        ("checkpoint", ["checkpoint of hand/first"] * 10),
+        ("over_seeds", ["this seed only"] * 2 + ["some seeds"] * 2 + ["all seeds"] * 6),
+        ("seed43_outcome", ["repaired"] * 3 + ["new wrong class"] + ["same wrong class"] * 6),
+        ("changed_outcome", ["repaired"] * 5 + ["same wrong class"] * 5),
+    ):
+        assert [row[column] for row in rows] == values, column
+    found = [rows[0]["confidence"], rows[9]["changed_wrong_probability"], rows[9]["changed_true_probability"]]
+    assert np.allclose(found, [0.99, 0.4, 0.6 / 99])
     printed = " ".join(printed.split())
     control, other = printed.split("seed43 (control)")[1], printed.split("changed repaired")[1]
     for text, part in (
@@ -1588,7 +1613,7 @@ def test_failures_in_other_runs_by_hand():
         ("mean confidence: 94.5 % -> 40.0 %; in the control runs 94.5 % -> 50.0 %", other),
         ("confident failures of its own: 5, 0 of them the same images", other),
         ("smoothing 0.1 teaches a confidence of 0.901 at most", other),
-        ("wrong among the 110 most confident images of each run: 10 -> 5", other),
+        ("wrong among the 110 most confident images of each run: 10 -> 5", other),  # each by its own confidence
         ("same mistake in all seeds: 6, some seeds: 2, this seed only: 2", printed),
     ):
         assert text in part, (text, printed)
@@ -1596,56 +1621,26 @@ def test_failures_in_other_runs_by_hand():
     assert "teaches" not in find(first, "--threshold", "0.8", "--compare", changed)[1]  # far below the ceiling
 
 
-def test_failures_matched_coverage():
-    """Equally many of the most confident images of each run, each run ranked by its own confidence."""
-    run = failures.Run.__new__(failures.Run)
-    run.confidence, run.correct = np.array([0.1, 0.2, 0.6, 0.7]), np.array([True, False, False, True])
-    assert [run.mistakes_among(count) for count in range(5)] == [0, 0, 1, 2, 2]
-
-
-def test_failures_control_takes_the_selection_out():
-    """Three runs that differ by chance: failures of the first look better in both others, by as much."""
-    rng = np.random.default_rng(2)
-    labels = data.load_synthetic(train=False)[1].numpy()
-    shared = rng.normal(size=(10_000, 100)) + 3.5 * (np.arange(100) == labels[:, None])
-    for scale in (2.0, 1.0):  # 1.0: an effect, half the logits
-        runs = []
-        for seed in (1, 2, 3):
-            logits = (scale if seed == 2 else 2.0) * (shared + 0.7 * rng.normal(size=shared.shape))
-            runs.append(run_from(f"chance {scale}/{seed}", labels, logits, seed=seed, lr=scale if seed == 2 else 2.0))
-        rows, printed = find(runs[0], "--compare", *runs[1:], "--threshold", "0.6")
-        before, there, control = [100 * np.mean([row[f"{c}confidence"] for row in rows]) for c in ("", "2_", "3_")]
-        assert len(rows) > 200 and control < before - 10
-        assert abs(there - control) < 3 if scale == 2 else there < control - 5
-        if scale == 1:
-            assert f"{before:.1f} % -> {there:.1f} %; in the control runs {before:.1f} % -> {control:.1f} %" in printed
-
-
 def test_failures_nothing_to_show_is_no_error():
-    labels, preds, confidence = wrong_images()
-    run = run_from("sure/one", labels, logits_of(preds, confidence))
-    other = run_from("sure/two words", labels, logits_of(preds, confidence), seed=43)
+    run, other = run_from("sure/one"), run_from("sure/two words", seed=43)
     (run / "failures.png").write_text("of another threshold")
-    assert find(run)[0] and not (run / "failures.png").exists()  # find() draws none
     rows, printed = find(run, "--threshold", "0.995", "--compare", other)
-    assert rows == [] and "nothing to show" in printed
+    assert rows == [] and "nothing to show" in printed and not (run / "failures.png").exists()
     assert (run / "failures.csv").read_text() == ",".join(failures.COLUMNS) + "\n"
     command = shlex.split(printed.split("next: python failures.py ")[1])
     assert command == [str(run), "--threshold", "0.89", "--compare", str(other)]
     rows, _ = find(*command)
     assert len(rows) == 10 and rows[0]["over_seeds"] == "all seeds"  # it works
-    preds[4:] = labels[4:]  # fewer than ten mistakes: all of them
-    few = run_from("sure/few", labels, logits_of(preds, confidence))
-    assert "--threshold 0.95\n" in find(few, "--threshold", "0.995")[1]
-    perfect = run_from("sure/perfect", labels, logits_of(labels, confidence))
-    rows, printed = find(perfect)
-    assert rows == [] and "next" not in printed
+    labels, preds, confidence = wrong_images()
+    for mistakes, advice in ((4, "--threshold 0.95\n"), (0, "failures.csv to")):  # fewer than ten: all of them
+        preds[mistakes:] = labels[mistakes:]
+        rows, printed = find(run_from(f"sure/{mistakes}", logits_of(preds, confidence)), "--threshold", "0.995")
+        assert rows == [] and advice in printed and ("next" in printed) == (mistakes > 0), printed
 
 
 def test_failures_without_the_images():
     """The list is written all the same; no picture of an older list stays."""
-    labels, preds, confidence = wrong_images()
-    run = run_from("blind", labels, logits_of(preds, confidence))
+    run = run_from("blind")
     (run / "failures.png").write_text("older")
 
     def offline(*args, **kwargs):
@@ -1654,14 +1649,13 @@ def test_failures_without_the_images():
     with replaced(failures, "load_dataset", offline):
         refused(failures.main, [run], 1, "failures.csv is written", "failures.png", "no network")
     assert len(read_csv(run / "failures.csv")) == 9 and not (run / "failures.png").exists()
-    swapped = run_from("swapped", np.roll(labels, 1), logits_of(preds, confidence))
+    swapped = run_from("swapped", labels=np.roll(wrong_images()[0], 1))
     refused(failures.main, [swapped], 2, "test_labels.npy differs from the data set", "evaluate.py")
 
 
 def test_failures_picture():
-    labels, preds, confidence = wrong_images()
-    run = run_from("pictured/one", labels, logits_of(preds, confidence))
-    other = run_from("pictured/two", labels, logits_of(labels, confidence))
+    labels, _, confidence = wrong_images()
+    run, other = run_from("pictured/one"), run_from("pictured/two", logits_of(labels, confidence))
     figures = []
     with replaced(utils, "save_figure", lambda figure, path: figures.append((figure, path))):
         rows, _ = quietly(failures.main, [str(run), "--compare", str(other)])
@@ -1669,31 +1663,31 @@ def test_failures_picture():
     title = figure.get_suptitle()
     assert path == run / "failures.png" and "one: SYNTHETIC data test images" in title and "two predicts" in title
     shown = [axes for axes in figure.axes if axes.images]
-    order = [row for row in rows if row["representative"]] + [row for row in rows if not row["representative"]]
     assert len(shown) == 9 and figure.axes.index(shown[3]) == 6  # the others begin on a new row
-    for axes, row in zip(shown, order):
+    for axes, row in zip(shown, sorted(rows, key=lambda row: -row["representative"])):
         assert (axes.images[0].get_array() == images[row["index"]]).all() and axes.title.get_fontsize() >= 9
         for word in (row["true"], row["predicted"], f"image {row['index']}", f"there: {row['two_predicted']}"):
             assert word in axes.get_title()
 
 
 def test_failures_refuses():
-    labels, preds, confidence = wrong_images()
-    run = run_from("refusing/one", labels, logits_of(preds, confidence))
-    twin = run_from("refusing/elsewhere/one", labels, logits_of(preds, confidence))
-    rolled = run_from("refusing/rolled", np.roll(labels, 1), logits_of(preds, confidence))
+    run, twin = run_from("refusing/one"), run_from("refusing/elsewhere/one")
+    rolled = run_from("refusing/rolled", labels=np.roll(wrong_images()[0], 1))
     for flags, *words in (
-        (["--top", "0"], "--top 0"), (["--top", "-1"], "--top -1"), (["--top", "25"], "--top 25"), (["--threshold", "1.5"], "--threshold 1.5"),
-        (["--threshold", "nan"], "nan"), (["--device", "foo"], "foo"), (["--dataset", "cifar100"], "synthetic"),
-        (["--control", run], "--control"), (["--compare", run], "different"), (["--compare", twin], "different names"),
-        (["--compare", rolled], "rolled", "other images"), (["--compare", run / "nothing"], "config.json", "train.py"),
+        (["--top", "0"], "--top 0"), (["--top", "-1"], "--top -1"), (["--top", "25"], "--top 25"),
+        (["--threshold", "1.5"], "--threshold 1.5"), (["--threshold", "nan"], "nan"), (["--device", "foo"], "foo"),
+        (["--dataset", "cifar100"], "synthetic"), (["--control", run], "--control"), (["--compare", run], "different"),
+        (["--compare", twin], "different names"), (["--compare", rolled], "rolled", "other images"),
+        (["--compare", run / "nothing"], "config.json", "train.py"),
     ):  # fmt: skip
         refused(failures.main, [run, *flags], 2, *words)
     assert not (run / "failures.csv").exists()
-    other = run_from("refusing/read-only", labels, logits_of(preds, confidence))
+    other = run_from("refusing/read-only")
     with replaced(os, "access", lambda path, mode: Path(path) != other):  # as in /kaggle/input
         assert find(run, "--compare", other)[0]  # only read
         refused(failures.main, [other, "--compare", run], 2, "cannot be written to")
+
+
 # ---- Grad-CAM ------------------------------------------------------------------------------------------------------
 
 
@@ -1706,28 +1700,29 @@ def trained_like(name="resnet18", width=8):
     return model.eval(), images
 
 
+def random_pixels(count, seed=0):
+    return torch.randint(256, (count, 32, 32, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+
+
 def test_gradcam_identities_at_the_last_map():
     """Under a pooled linear head the map is classic CAM / (h w), and its sum plus the bias is the logit."""
-    targets = torch.tensor([0, 5, 5, 99, 42, 17])
+    targets, features, rows = torch.tensor([0, 5, 5, 99, 42, 17]), {}, torch.arange(6)
     others = (targets + 50) % 100
+    close = functools.partial(torch.allclose, rtol=1e-5, atol=1e-5)
     for name, layer in LAST_MAP.items():
         model, images = trained_like(name)
-        maps = gradcam.grad_cam(model, images, targets, layer)
-        features = {}
-        module = getattr(model, layer)
+        maps, module = gradcam.grad_cam(model, images, targets, layer), getattr(model, layer)
         handle = module.register_forward_hook(lambda module, inputs, output: features.update(out=output))
         with torch.no_grad():
             logits = model(images)
         handle.remove()
-        cells = features["out"][0, 0].numel()
         assert maps.shape == (6, *features["out"].shape[2:]) and maps.dtype == torch.float32 and (maps < 0).any()
-        cam = torch.einsum("nk,nkhw->nhw", model.fc.weight[targets], features["out"]) / cells
+        cam = torch.einsum("nk,nkhw->nhw", model.fc.weight[targets], features["out"]) / maps[0].numel()
         assert torch.allclose(maps, cam, rtol=1e-5, atol=1e-6), name
-        chosen = logits[torch.arange(6), targets]
-        assert torch.allclose(maps.sum((1, 2)) + model.fc.bias[targets], chosen, rtol=1e-5, atol=1e-5), name
+        assert close(maps.sum((1, 2)) + model.fc.bias[targets], logits[rows, targets]), name
         margin = maps - gradcam.grad_cam(model, images, others, module)  # where one class's lead comes from
         lead = margin.sum((1, 2)) + model.fc.bias[targets] - model.fc.bias[others]
-        assert torch.allclose(lead, chosen - logits[torch.arange(6), others], rtol=1e-5, atol=1e-5), name
+        assert close(lead, logits[rows, targets] - logits[rows, others]), name
 
 
 def test_gradcam_at_other_layers_follows_the_definition():
@@ -1750,8 +1745,8 @@ def test_gradcam_at_other_layers_follows_the_definition():
 
 
 def test_gradcam_batch_modes_and_traces():
-    model, images = trained_like()
-    targets = torch.arange(6)
+    """The batch does not matter, nor the mode; nothing is left behind; wrong arguments are told what is right."""
+    (model, images), targets = trained_like(), torch.arange(6)
     for layer in ("layer4", "layer3", "layer2.0", "conv1", "layer4.1.conv2"):
         together = gradcam.grad_cam(model, images, targets, layer)
         single = torch.cat([gradcam.grad_cam(model, images[n : n + 1], targets[n : n + 1], layer) for n in range(6)])
@@ -1760,33 +1755,19 @@ def test_gradcam_batch_modes_and_traces():
     model.train().requires_grad_(False)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         assert torch.allclose(gradcam.grad_cam(model, images, targets), maps, atol=1e-6)
-    assert model.training and all(p.grad is None for p in model.parameters())
-    pixels, seen = torch.zeros(2, 32, 32, 3, dtype=torch.uint8), []
+    pixels, stranger = torch.zeros(6, 32, 32, 3, dtype=torch.uint8), trained_like()[0].layer4
     for arguments, word in (
         ((images, targets, "layer5"), "no layer layer5; its parts are conv1"), ((images, targets, None), "no layer"),
-        ((images, targets, trained_like()[0].layer4), "no layer"), ((images, targets, "fc"), "no map"),
-        ((images, targets, ""), "no map"), ((pixels, targets[:2]), "data.normalize"),
-        ((pixels.permute(0, 3, 1, 2), targets[:2]), "data.normalize"), ((images[0], targets), "data.normalize"),
+        ((images, targets, stranger), "no layer"), ((images, targets, "fc"), "no map"),
+        ((images, targets, ""), "no map"), ((pixels, targets), "data.normalize"),
+        ((pixels.permute(0, 3, 1, 2), targets), "data.normalize"), ((images[0], targets), "data.normalize"),
         ((images.numpy(), targets), "data.normalize"), ((images * 128, targets), "data.normalize"),
         ((images, 3), "torch.tensor([3])"), ((images, targets[:5]), "targets"), ((images, targets.float()), "targets"),
     ):  # fmt: skip
-        try:
+        with raised(ValueError, word):
             gradcam.grad_cam(model, *arguments)
-        except ValueError as error:
-            assert word in str(error), error
-        else:
-            raise AssertionError(f"{word} was accepted")
-    assert model.training and not any(m._forward_hooks or m._backward_hooks for m in model.modules())
-    # The memory format is that of the device, whatever the images come in: contiguous on Apple's GPUs.
-    model.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
-    last = images.contiguous(memory_format=torch.channels_last)
-    gradcam.grad_cam(model, images, targets)
-    gradcam.probability(model, images, targets)
-    assert all(x.is_contiguous(memory_format=torch.channels_last) for x in seen)
-    with replaced(utils, "memory_format", lambda device: torch.contiguous_format):
-        gradcam.grad_cam(model, last, targets)
-        gradcam.probability(model, last, targets)
-    assert len(seen) == 4 and all(x.is_contiguous() for x in seen[2:])
+    assert model.training and all(p.grad is None for p in model.parameters())
+    assert not any(m._forward_hooks or m._backward_hooks for m in model.modules())
 
 
 def test_gradcam_with_a_relu_in_place_after_the_layer():
@@ -1802,15 +1783,14 @@ def test_gradcam_with_a_relu_in_place_after_the_layer():
 def test_gradcam_border_energy_spearman_and_matches_by_hand():
     maps = torch.zeros(5, 4, 4)
     maps[0], maps[1, 1, 1], maps[2, 0, 0], maps[3, 0, 1] = 1, 1, 1, 1
+    maps[3, 2, 2] = -5  # negative cells do not count
     energy = gradcam.border_energy(maps)  # bilinear, each cell reaches over 16 pixels: a corner one loses 4 of 8 twice
     assert torch.allclose(energy[:4], torch.tensor([0.4375, 0, 0.75, 0.5]), atol=1e-6) and energy[4].isnan()
-    maps[3, 2, 2] = -5  # negative cells do not count
-    assert gradcam.border_energy(maps)[3] == energy[3]
     rows = np.array([[1, 2, 3, 4], [1, 2, 2, 9], [5, 5, 5, 5]], float)
     others = np.array([[10, 30, 20, 40], [4, 3, 1, 2], [1, 2, 3, 4]], float)
     # ranks 1 2.5 2.5 4 and 4 3 1 2: covariance (-1.5 * 1.5 + 0 + 0 + 1.5 * -0.5) / sqrt(4.5 * 5)
-    assert np.allclose(gradcam.spearman(rows, others)[:2], [0.8, -3 / math.sqrt(4.5 * 5)])
-    assert np.isnan(gradcam.spearman(rows, others)[2])
+    expected = [0.8, -3 / math.sqrt(4.5 * 5), math.nan]
+    assert np.allclose(gradcam.spearman(rows, others), expected, equal_nan=True)
     # The nearest, each once, in the order of the failures; no more than there are; of one class if 0.02 allow it.
     for classes, candidates, candidate_classes, expected in (
         ([7, 7, 7], [0.5, 0.92, 0.949, 0.99], [7, 7, 7, 7], [2, 1, 3]),
@@ -1818,43 +1798,12 @@ def test_gradcam_border_energy_spearman_and_matches_by_hand():
         ([7, 7, 7], [0.93], [7], [0]),
         ([7, 8, 9], [0.951, 0.935, 0.965, 0.84], [5, 5, 7, 9], [2, 1, 0]),
     ):
-        arrays = np.array(classes), np.array(candidates), np.array(candidate_classes)
+        arrays = map(np.array, (classes, candidates, candidate_classes))
         assert gradcam.match_on_confidence([0.95, 0.94, 0.91], *arrays).tolist() == expected
 
 
-class Corner(torch.nn.Module):
-    """A network to work out by hand: the logit of class 0 is a tenth of the sum of red over the top left 8x8 pixels."""
-
-    def __init__(self):
-        super().__init__()
-        self.layer3, self.weight = torch.nn.AvgPool2d(4), torch.nn.Parameter(torch.ones(1))
-
-    def forward(self, x):
-        score = 0.1 * self.weight * self.layer3(x)[:, 0, :2, :2].sum((1, 2)) * 16
-        return torch.stack([score, torch.zeros_like(score)], 1)
-
-
-def test_gradcam_occlusion_and_insertion_on_a_known_network():
-    """Red 1 everywhere: the logit is 6.4; the border holds 48 of the 64 pixels that count, the centre 9 (5..7)."""
-    model, images, classes = Corner(), torch.ones(2, 3, 32, 32), torch.tensor([0, 0])
-    p = lambda pixels: 1 / (1 + math.exp(-0.1 * pixels))  # noqa: E731
-    intact = gradcam.probability(model, images, classes)
-    assert np.allclose(intact, p(64)) and intact.dtype == torch.float64
-    border, centre = gradcam.occlusion_drops(model, images, classes, intact)
-    assert np.allclose(border, p(64) - p(16)) and np.allclose(centre, p(64) - p(55))
-    # A map that knows the corner deletes all of it in the first of 16 steps; one that ranks it last, in the last.
-    maps = torch.zeros(2, 32, 32)
-    maps[0, :8, :8], maps[1, :8, :8] = 1, -1
-    with replaced(gradcam, "blur", torch.zeros_like):
-        ends = [gradcam.probability(model, x, classes) for x in (images, images * 0, images * 0)]
-        good, bad = gradcam.insertion_minus_deletion(model, images, classes, maps, *ends).tolist()
-    ends = (p(64) + p(0)) / 2
-    assert math.isclose(good, (ends + 15 * p(64)) / 16 - (ends + 15 * p(0)) / 16, rel_tol=1e-6)
-    assert math.isclose(bad, -good, rel_tol=1e-6)
-
-
-def test_gradcam_insertion_against_a_loop():
-    """Pixel by pixel, in the order of the map, on a real network and image; no ties. The blur is torchvision's."""
+def test_gradcam_occlusion_and_insertion_against_loops():
+    """Pixel by pixel, on a real network and image, insertion in the order of the map. The blur is torchvision's."""
     from torchvision.transforms.functional import gaussian_blur
 
     model, images = trained_like()
@@ -1863,15 +1812,24 @@ def test_gradcam_insertion_against_a_loop():
     blank, start = torch.zeros_like(images), gradcam.blur(images)
     assert torch.allclose(start, gaussian_blur(images, kernel_size=19, sigma=3.0), atol=1e-6)
     ends = [gradcam.probability(model, x, classes) for x in (images, blank, start)]
+    assert np.allclose(ends[0], model(images).softmax(1)[[0, 1], classes].tolist(), atol=1e-6)
+    border, centre = images.clone(), images.clone()
+    for i, j in itertools.product(range(32), repeat=2):
+        if min(i, j, 31 - i, 31 - j) < 4:
+            border[:, :, i, j] = 0
+        if 5 <= i < 26 and 5 <= j < 26:  # 441 pixels; the border has 448
+            centre[:, :, i, j] = 0
+    drops = gradcam.occlusion_drops(model, images, classes, ends[0])
+    for found, hidden in zip(drops, (border, centre)):
+        assert torch.allclose(found, ends[0] - gradcam.probability(model, hidden, classes))
     areas = gradcam.insertion_minus_deletion(model, images, classes, maps, *ends)
     for k in range(2):
         pixels = sorted(((maps[k, i, j].item(), i, j) for i in range(32) for j in range(32)), reverse=True)
-        area = 0
+        area = 0  # between the two curves, by trapezoids
         for canvas, source, sign in ((images[k].clone(), blank[k], -1), (start[k].clone(), images[k], 1)):
             curve = []
             for step in range(17):
-                with torch.no_grad():
-                    curve.append(model(canvas[None]).double().softmax(1)[0, classes[k]].item())
+                curve.append(gradcam.probability(model, canvas[None], classes[[k]]).item())
                 for _, i, j in pixels[64 * step : 64 * step + 64]:
                     canvas[:, i, j] = source[:, i, j]
             area += sign * (sum(curve) - curve[0] / 2 - curve[16] / 2) / 16
@@ -1879,21 +1837,20 @@ def test_gradcam_insertion_against_a_loop():
 
 
 def test_gradcam_sanity_checks_tell_a_map_that_ignores_the_network_or_the_class():
-    images = torch.randint(256, (8, 32, 32, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    classes, signs = torch.arange(8), torch.tensor([1, -1]).repeat(4)[:, None, None]
+    images, classes, signs = random_pixels(8), torch.arange(8), torch.tensor([1, -1]).repeat(4)[:, None, None]
     for name, layer in gradcam.ATTENTION_LAYER.items():
-        model = trained_like(name)[0]
-        untrained = make_model(name, width=8).eval()
+        model, untrained = trained_like(name)[0], make_model(name, width=8).eval()
         check = lambda n=8: gradcam.sanity_checks(model, untrained, images[:n], classes[:n], layer)  # noqa: E731, B023
         sanity = check()
         assert list(sanity) == ["random_logit", "random_weights", "another_image"]
         assert all(0 < rho < gradcam.SANITY_LIMIT for rho in sanity.values()), (name, sanity)
         assert "The maps change when" in gradcam.sanity_in_words(sanity)
     assert math.isnan(check(1)["another_image"])  # a single map has no other
+    assert np.isnan(gradcam.attention_figures(model, images[:1], classes[:1], layer)["insertion_deletion_other"])
     pattern = lambda x: F.avg_pool2d(x.abs().mean(1), 4)  # noqa: E731
     noise = lambda x, seed: torch.rand(len(x), 8, 8, generator=torch.Generator().manual_seed(int(seed)))  # noqa: E731
-    for maps, random_logit, random_weights in (
-        (lambda model, x, y, layer: pattern(x), 1, 1),
+    for maps, *expected in (  # of another class, of other weights
+        (lambda net, x, y, layer: pattern(x), 1, 1),
         # the same pattern but for its sign: a mean of signed correlations would be 0
         (lambda net, x, y, layer: pattern(x) * (signs if net is model and torch.equal(y, classes) else 1), 1, 1),
         (lambda net, x, y, layer: noise(x, net is model), 1, None),
@@ -1902,16 +1859,9 @@ def test_gradcam_sanity_checks_tell_a_map_that_ignores_the_network_or_the_class(
     ):
         with replaced(gradcam, "grad_cam", maps):
             sanity = check()
-        for found, expected in ((sanity["random_logit"], random_logit), (sanity["random_weights"], random_weights)):
-            assert found < 0.3 if expected is None else np.isclose(found, expected, equal_nan=True)
+        for found, rho in zip(sanity.values(), expected):
+            assert found < 0.3 if rho is None else np.isclose(found, rho, equal_nan=True)
         assert "support no claim" in gradcam.sanity_in_words(sanity)
-
-
-def test_gradcam_a_single_map_has_no_other():
-    model, image = trained_like()[0], torch.randint(256, (1, 32, 32, 3), dtype=torch.uint8)
-    figures = gradcam.attention_figures(model, image, torch.tensor([3]), "layer3")
-    assert list(figures) == gradcam.FIGURES and np.isnan(figures["insertion_deletion_other"])
-    assert np.isfinite(figures["insertion_deletion_shuffled"])
 
 
 def attention_rows(centre_drops, matched_centre_drops):
@@ -1929,16 +1879,15 @@ def test_gradcam_attention_table_by_hand():
     for others, few in ((drops, False), (drops[:20], False), (drops[:19], True), ([], True)):
         text = gradcam.attention_table(attention_rows(drops, others))
         assert ("Fewer than 20 pairs give no interval" in text) == few and ("[" not in text) == few, text
-        assert all(len(line) <= 79 for line in text.splitlines()), text
-    lines = gradcam.attention_table(attention_rows(drops, np.tile([0.9, 0.4], 20))).splitlines()
-    row = next(line for line in lines if line.startswith("gap between"))
-    assert row.split()[-5:] == ["15.0", "15.0", "+0.0", "[-15.7,", "+15.7]"]  # 1.96 * 50.6 / sqrt(40)
-    lines = gradcam.attention_table(attention_rows(drops, np.full(40, 0.9))).splitlines()
-    row = next(line for line in lines if line.startswith("images that lose more at the border"))
-    assert row.split()[-5:-2] == ["50.0", "0.0", "+50.0"]
-    lines = gradcam.attention_table(attention_rows(drops, drops - 0.2)).splitlines()
-    row = next(line for line in lines if line.startswith("lost if the centre"))
-    assert row.split()[-5:] == ["65.0", "45.0", "+20.0", "[+20.0,", "+20.0]"]
+        assert within_79_columns(text), text
+    for others, start, figures in (
+        (np.tile([0.9, 0.4], 20), "gap between", ["15.0", "15.0", "+0.0", "[-15.7,", "+15.7]"]),  # 1.96 * 50.6 / sqrt(40)
+        (np.full(40, 0.9), "images that lose more at the border", ["50.0", "0.0", "+50.0"]),
+        (drops - 0.2, "lost if the centre", ["65.0", "45.0", "+20.0", "[+20.0,", "+20.0]"]),
+    ):
+        lines = gradcam.attention_table(attention_rows(drops, others)).splitlines()
+        row = next(line for line in lines if line.startswith(start)).split()
+        assert row[-5:][: len(figures)] == figures, row
     mean, low, high = gradcam.mean_interval(np.array([*range(25), math.nan], float))
     assert mean == 12 and math.isclose(high - mean, 1.96 * np.std(range(25), ddof=1) / 5) and low == 24 - high
 
@@ -1953,24 +1902,21 @@ def test_gradcam_reads_any_image():
     rgb, exif = Image.fromarray(rng.integers(0, 256, (40, 60, 3), dtype=np.uint8)), Image.Exif()
     exif[0x0112] = 6
     exact = rgb.crop((0, 0, 32, 32))
-    clear = Image.new("RGBA", (32, 32), (255, 0, 0, 0))
     wide = Image.fromarray(np.linspace(1000, 60_000, 32 * 32).astype(np.uint16).reshape(32, 32))
-    still = exact.convert("P")
-    cases = {
-        "rgb.png": (rgb, {}, "cut to its central square, resized from 60x40"),
-        "gray.png": (rgb.convert("L"), {}, "converted from L"),
-        "palette.gif": (rgb.convert("P"), {}, "converted from P"),
-        "see-through.png": (still, {"transparency": still.getpixel((0, 0))}, "transparency put on white"),
-        "cmyk.jpg": (rgb.convert("CMYK"), {}, "converted from CMYK"),
-        "rotated.jpg": (rgb, {"exif": exif}, "upright by its EXIF tag, cut to its central square, resized from 40x60"),
-        "clear.png": (clear, {}, "transparency put on white"),
-        "wide.png": (wide, {}, "1000..60000"),
-        "frames.gif": (rgb, {"save_all": True, "append_images": [rgb.rotate(90)]}, "first of 2 frames"),
-        "dot.png": (Image.new("RGB", (1, 1), (9, 9, 9)), {}, "resized from 1x1"),
-        "exact.png": (exact, {}, ""),
-    }
-    read = {}
-    for name, (image, options, word) in cases.items():
+    still, read = exact.convert("P"), {}
+    for name, image, options, word in (
+        ("rgb.png", rgb, {}, "cut to its central square, resized from 60x40"),
+        ("gray.png", rgb.convert("L"), {}, "converted from L"),
+        ("palette.gif", rgb.convert("P"), {}, "converted from P"),
+        ("see-through.png", still, {"transparency": still.getpixel((0, 0))}, "transparency put on white"),
+        ("cmyk.jpg", rgb.convert("CMYK"), {}, "converted from CMYK"),
+        ("rotated.jpg", rgb, {"exif": exif}, "upright by its EXIF tag, cut to its central square, resized from 40x60"),
+        ("clear.png", Image.new("RGBA", (32, 32), (255, 0, 0, 0)), {}, "transparency put on white"),
+        ("wide.png", wide, {}, "1000..60000"),
+        ("frames.gif", rgb, {"save_all": True, "append_images": [rgb.rotate(90)]}, "first of 2 frames"),
+        ("dot.png", Image.new("RGB", (1, 1), (9, 9, 9)), {}, "resized from 1x1"),
+        ("exact.png", exact, {}, ""),
+    ):
         image.save(scratch() / name, **options)
         read[name], done = gradcam.read_image(scratch() / name)
         assert read[name].shape == (32, 32, 3) and read[name].dtype == np.uint8, name
@@ -1985,18 +1931,17 @@ def test_gradcam_bad_images():
     from PIL import Image
 
     files = scratch() / "images"
-    files.mkdir(exist_ok=True)
+    (files / "folder.png").mkdir(parents=True)
     Image.effect_noise((64, 64), 90).save(files / "good.png")
+    Image.new("1", (10_000, 10_000)).save(files / "bomb.png")
     good = (files / "good.png").read_bytes()
     flipped = bytearray(good)
     flipped[len(good) // 2] ^= 4
-    Image.new("1", (10_000, 10_000)).save(files / "bomb.png")
-    (files / "folder.png").mkdir(exist_ok=True)
-    for name, content in {
-        "text.png": b"hello", "empty.png": b"", "short.png": good[: len(good) // 2], "flipped.png": flipped,
-        "drawing.svg": b"<svg xmlns='http://www.w3.org/2000/svg'/>", "paper.pdf": b"%PDF-1.4 ...",
-        "bomb.png": None, "folder.png": None, "missing.png": None,
-    }.items():  # fmt: skip
+    for name, content in (
+        ("text.png", b"hello"), ("empty.png", b""), ("short.png", good[: len(good) // 2]), ("flipped.png", flipped),
+        ("drawing.svg", b"<svg xmlns='http://www.w3.org/2000/svg'/>"), ("paper.pdf", b"%PDF-1.4 ..."),
+        ("bomb.png", None), ("folder.png", None), ("missing.png", None),
+    ):  # fmt: skip
         if content is not None:
             (files / name).write_bytes(content)
         refused(lambda argv: gradcam.read_image(files / name), [], 2, name, "--image")  # noqa: B023
@@ -2004,24 +1949,18 @@ def test_gradcam_bad_images():
 
 def test_gradcam_pictures_show_what_they_say():
     """The maps on one scale for a row, and the signed difference, over the image; the texts name the classes."""
-    model = trained_like()[0]
-    images = torch.randint(256, (2, 32, 32, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(3))
+    model, images, names = trained_like()[0], random_pixels(2, seed=3), data.CLASS_NAMES
     preds = gradcam.probabilities(model, images).argmax(1)
     labels = torch.stack([(preds[0] + 1) % 100, preds[1]])
     figure = gradcam.picture(model, images, labels, captions=["first", "second"], title="ResNet-18 on SYNTHETIC data")
     grid = np.array(figure.axes).reshape(3, 4)
     a, b = (gradcam.grad_cam(model, data.normalize(images[:1]), y) for y in (preds[:1], labels[:1]))
-    top = max(gradcam.upsample(m.clamp(min=0)).max() for m in (a, b)).clamp(min=1e-12)
-    lead = gradcam.upsample(a - b)
-    for axis, expected in zip(
-        grid[0, 1:],
-        (gradcam.upsample(a.clamp(min=0)) / top, gradcam.upsample(b.clamp(min=0)) / top, lead / lead.abs().max()),
-    ):
+    cams, lead = gradcam.upsample(torch.cat([a, b]).clamp(min=0)), gradcam.upsample(a - b)[0]
+    for axis, expected in zip(grid[0, 1:], (*cams / cams.max().clamp(min=1e-12), lead / lead.abs().max())):
         under, over = axis.images
-        assert np.allclose(over.get_array(), expected[0], atol=1e-5) and 0 < over.get_alpha() < 1
+        assert np.allclose(over.get_array(), expected, atol=1e-5) and 0 < over.get_alpha() < 1
         assert np.allclose(under.get_array(), images[0].float().mean(-1))
     assert np.array_equal(grid[0, 0].images[0].get_array(), images[0]) and not grid[1, 2].images  # second: no mistake
-    names = data.CLASS_NAMES
     words = "first\ntrue: ", f"predicted: {names[preds[0]]}", f"true: {names[labels[0]]}", "rather than"
     assert all(word in axis.get_title() for axis, word in zip(grid[0], words))
     assert "SYNTHETIC" in figure.get_suptitle() and "layer4, 4x4 cells" in figure.get_suptitle()
@@ -2035,8 +1974,7 @@ def test_gradcam_pictures_show_what_they_say():
 
 def explain(run_dir, *flags):
     """(what gradcam.main returns, what it prints), without drawing."""
-    with replaced(utils, "save_figure", lambda figure, path: Path(path).write_bytes(b"drawn")):
-        return quietly(gradcam.main, [str(run_dir), "--device", "cpu", *map(str, flags)])
+    return without_drawing(gradcam.main, run_dir, "--device", "cpu", *flags)
 
 
 def test_chain_gradcam():
@@ -2074,34 +2012,26 @@ def test_chain_gradcam_predicts_a_picture_without_data_and_logits():
     from PIL import Image
 
     run_dir = copy_of_run("published", "*.npy", "*.csv", "*.png", "last.pt", "metrics.json")
-    Image.new("L", (50, 40), 99).save(scratch() / "gray.png")
-
-    def load_dataset(*args, **kwargs):
-        raise AssertionError("a picture needs no data set")
-
-    with replaced(gradcam, "load_dataset", load_dataset):
-        top, printed = explain(run_dir, "--image", scratch() / "gray.png")
+    image = scratch() / "gray.png"
+    Image.new("L", (50, 40), 99).save(image)
+    with replaced(gradcam, "load_dataset", None):  # any use of it would raise
+        top, printed = explain(run_dir, "--image", image)
     model, pixels = utils.load_model(run_dir), torch.full((1, 32, 32, 3), 99, dtype=torch.uint8)
-    with torch.no_grad():
-        probs = model(data.normalize(pixels)).softmax(1)[0]
-    best = probs.argsort(descending=True)[:5].tolist()
+    probs, best = model(data.normalize(pixels)).detach().softmax(1)[0].topk(5)
     assert [name for name, _ in top] == [f"synthetic_{label:02d}" for label in best]
-    assert np.allclose([p for _, p in top], probs[best], atol=1e-6)
+    assert np.allclose([p for _, p in top], probs, atol=1e-6)
     assert "converted from L" in printed and all(f"{100 * p:5.1f} %  {name}" in printed for name, p in top)
-    assert (run_dir / "gradcam-gray.png").exists() and not (run_dir / "gradcam.png").exists()
-    assert not (run_dir / "gradcam.csv").exists()
-    named = gradcam.predict_image(model, scratch() / "gray.png")
-    assert [name for name, _ in named] == [data.CLASS_NAMES[label] for label in best]
+    assert sorted(path.name for path in run_dir.glob("gradcam*")) == ["gradcam-gray.png"]
+    assert [name for name, _ in gradcam.predict_image(model, image)] == [data.CLASS_NAMES[label] for label in best]
 
 
 def test_chain_attention():
     """The matches are correct, distinct, and as confident; the figures are those of the network, by hand."""
-    baseline = chain()[0][0]
+    baseline, printed = chain()[0][0], chain()[1][-1]
     rows, listed = read_csv(baseline / "attention.csv"), read_csv(baseline / "failures.csv")
     columns = "pair group index true predicted confidence".split() + gradcam.FIGURES + ["checkpoint"]
     assert list(rows[0]) == columns and {row["checkpoint"] for row in rows} == {utils.sha256(baseline / "best.pt")}
-    failed = [row for row in rows if row["group"] == "failure"]
-    matched = [row for row in rows if row["group"] == "matched"]
+    failed, matched = ([row for row in rows if row["group"] == group] for group in ("failure", "matched"))
     for name in ("index", "true", "predicted", "confidence"):
         assert [row[name] for row in failed] == [row[name] for row in listed], name
     logits, labels = np.load(baseline / "test_logits.npy"), np.load(baseline / "test_labels.npy")
@@ -2115,21 +2045,15 @@ def test_chain_attention():
     values = {name: np.array([float(row[name]) for row in failed]) for name in gradcam.FIGURES}
     for control in ("shuffled", "other"):
         assert (values["insertion_deletion"] - values[f"insertion_deletion_{control}"]).mean() > 0.02
-    printed = chain()[1][-1]
     share = 100 * (values["border_drop"] > values["centre_drop"]).mean()
     assert f"lose more at the border {share:9.1f}" in printed and "next: python evaluate.py" in printed
-    assert all(len(line) <= 79 for line in printed.splitlines() if str(scratch()) not in line)
-    # the first failure, by itself and by hand
+    assert within_79_columns(printed)
+    # the first failure, by itself
     model, index = utils.load_model(baseline), int(failed[0]["index"])
-    image = data.normalize(data.load_synthetic(train=False)[0][[index]])
-    target = torch.tensor(logits[[index]].argmax(1))
-    hidden = image.clone()
-    hidden[..., :4, :] = hidden[..., -4:, :] = hidden[..., :, :4] = hidden[..., :, -4:] = 0
-    with torch.no_grad():
-        p, q = model(torch.cat([image, hidden])).softmax(1)[:, target].flatten().tolist()
-    assert math.isclose(p - q, float(failed[0]["border_drop"]), abs_tol=1e-5)
-    energy = gradcam.border_energy(gradcam.grad_cam(model, image, target, "layer3")).item()
-    assert math.isclose(energy, float(failed[0]["border_energy"]), abs_tol=1e-5)
+    image, target = data.load_synthetic(train=False)[0][[index]], torch.tensor(logits[[index]].argmax(1))
+    alone = gradcam.attention_figures(model, image, target, "layer3")
+    for name in ("border_drop", "centre_drop", "border_energy", "insertion_deletion"):
+        assert math.isclose(alone[name][0], values[name][0], abs_tol=1e-5), name
 
 
 def test_chain_attention_is_measured_once_and_can_be_interrupted():
@@ -2154,12 +2078,9 @@ def test_chain_attention_is_measured_once_and_can_be_interrupted():
         assert printed.split("mean, in percentage")[1].splitlines()[:8] == table.splitlines()[:8]
         path.unlink()
         (run_dir / "gradcam.csv").unlink()
-        try:
+        with raised(KeyboardInterrupt):
             explain(run_dir)
-        except KeyboardInterrupt:
-            assert (run_dir / "gradcam.csv").exists() and (run_dir / "gradcam.png").exists() and not path.exists()
-        else:
-            raise AssertionError("attention was not measured again")
+    assert (run_dir / "gradcam.csv").exists() and (run_dir / "gradcam.png").exists() and not path.exists()
     # one failure: a pair, and no interval
     header, *lines = (run_dir / "failures.csv").read_text().splitlines()
     (run_dir / "failures.csv").write_text("\n".join([header, next(line for line in lines if ",1," in line)]))
@@ -2170,27 +2091,29 @@ def test_chain_attention_is_measured_once_and_can_be_interrupted():
 def test_chain_gradcam_without_failures_and_with_bad_ones():
     run_dir = copy_of_run("failing", "*.png", "gradcam.*", "last.pt")
     path, run = run_dir / "failures.csv", utils.quote(run_dir)
-    header, first, *rest = good = path.read_text().splitlines()
+    text = path.read_text().strip()
+    header, first, *rest = text.splitlines()
     path.write_text(header + "\n")
     rows, printed = explain(run_dir)
     assert rows == [] and "is empty" in printed
     assert not (run_dir / "gradcam.csv").exists() and (run_dir / "attention.csv").exists()
     command = printed.split("next: python gradcam.py ")[1]
     assert len(explain(*shlex.split(command))[0]) == 3  # it works
-    nothing = "\n".join(line.replace(",1,", ",0,") for line in good)
-    for content in (
-        "", "hello\n", "\0", f"{header}\n{first}\n{first}\n", f"{header}\n10000,{first.split(',', 1)[1]}\n",
-        f"{header}\n1,2,3\n", "\n".join(good) + ",one cell more\n", f"{header[:-1]}\n{first}\n", nothing, None,
-    ):  # fmt: skip
-        path.unlink() if content is None else path.write_text(content)
-        refused(gradcam.main, [run_dir], 2, "failures.csv", f"python failures.py {run}")
+    again = f"python failures.py {run}"
     digest, true = first.split(",")[-1], first.split(",")[1]
     another = "synthetic_77" if true != "synthetic_77" else "synthetic_78"
-    path.write_text("\n".join(good).replace(digest, "0" * 64))
-    refused(gradcam.main, [run_dir], 2, "another best.pt", f"python failures.py {run}")
-    path.write_text("\n".join([header, first.replace(true, another), *rest]))
-    refused(gradcam.main, [run_dir], 2, "does not fit this data set", f"python evaluate.py {run}")
-    path.write_text("\n".join(good))
+    for content, *words in (
+        *((content, "failures.csv", again) for content in (
+            "", "hello\n", "\0", f"{header}\n{first}\n{first}\n", f"{header}\n10000,{first.split(',', 1)[1]}\n",
+            f"{header}\n1,2,3\n", text + ",one cell more\n", f"{header[:-1]}\n{first}\n", text.replace(",1,", ",0,"))),
+        (text.replace(digest, "0" * 64), "another best.pt", again),
+        ("\n".join([header, first.replace(true, another), *rest]), "does not fit this data set", f"evaluate.py {run}"),
+    ):  # fmt: skip
+        path.write_text(content)
+        refused(gradcam.main, [run_dir], 2, *words)
+    path.unlink()
+    refused(gradcam.main, [run_dir], 2, "failures.csv", again)
+    path.write_text(text)
     checkpoint = utils.load_checkpoint(run_dir / "best.pt")
     torch.save(checkpoint | {"epoch": checkpoint["epoch"] + 1}, run_dir / "best.pt")  # another checkpoint
     refused(gradcam.main, [run_dir], 2, "best.pt", f"python evaluate.py {run}")
@@ -2202,18 +2125,14 @@ def test_chain_gradcam_without_failures_and_with_bad_ones():
 def test_utils_macro_scores_by_hand():
     confusion = utils.confusion_matrix([0, 0, 0, 0, 1, 1, 2, 2], [0, 0, 1, 0, 1, 0, 0, 1], 3)
     assert confusion.tolist() == [[3, 1, 0], [1, 1, 0], [1, 1, 0]]
-    precision, recall, f1 = utils.macro_scores(confusion)  # class 2 is never predicted: 0/0 counts as 0
-    assert math.isclose(precision, (3 / 5 + 1 / 3 + 0) / 3) and math.isclose(recall, (3 / 4 + 1 / 2 + 0) / 3)
-    assert math.isclose(f1, (6 / 9 + 2 / 5 + 0) / 3)
-    example = utils.macro_scores([[3, 1], [2, 4]])  # of the docstring
-    assert np.allclose(example, [(3 / 5 + 4 / 5) / 2, (3 / 4 + 4 / 6) / 2, (6 / 9 + 8 / 11) / 2])
+    for matrix, precisions, recalls, f1s in (
+        (confusion, [3 / 5, 1 / 3, 0], [3 / 4, 1 / 2, 0], [6 / 9, 2 / 5, 0]),  # never predicted: 0/0 counts as 0
+        ([[3, 1], [2, 4]], [3 / 5, 4 / 5], [3 / 4, 4 / 6], [6 / 9, 8 / 11]),  # of the docstring
+    ):
+        assert np.allclose(utils.macro_scores(matrix), [np.mean(part) for part in (precisions, recalls, f1s)])
     for wrong in (np.zeros((2, 3)), np.zeros(4)):
-        try:
+        with raised(ValueError, "square"):
             utils.macro_scores(wrong)
-        except ValueError as error:
-            assert "square" in str(error)
-        else:
-            raise AssertionError("a matrix that is not square was accepted")
 
 
 def test_utils_calibration_error_against_a_loop():
@@ -2269,48 +2188,46 @@ def test_bad_checkpoints():
     flipped = bytearray(good)
     flipped[len(good) // 2] ^= 1  # in a tensor; torch.load does not notice
     torch.load(io.BytesIO(flipped), weights_only=True)
+    legacy = functools.partial(saved, _use_new_zipfile_serialization=False)
     ten = state | {"fc.weight": torch.zeros(10, 32), "fc.bias": torch.zeros(10)}
-    legacy = {"_use_new_zipfile_serialization": False}
-    table = (
-        (b"", "is not a checkpoint"), (b"hello\n" * 99, "is not a checkpoint"), (b"<!DOCTYPE html><html>" * 99, "is not a checkpoint"),
-        (good[: len(good) // 2], "is not a checkpoint"), (bytes(flipped), "CRC"), (other_zip.getvalue(), "is not a checkpoint"),
-        (saved(checkpoint | {"epoch": Payload()}), "asks to run"), (saved(checkpoint, **legacy), "is not a checkpoint"),
-        (saved({"x": Payload()}, **legacy), "is not a checkpoint"), (pickle.dumps(Payload()), "is not a checkpoint"),
-        (saved(resnet18(width=4)), "asks to run"), (saved(state), "is not a checkpoint"), (saved([1, 2]), "is not a checkpoint"),
-        (saved({"args": args, "format": 1, "epoch": 1}), "is not a checkpoint"), (saved(checkpoint | {"format": 2}), "another version"),
-        (saved(checkpoint | {"args": None}), "is not a checkpoint"), (saved(checkpoint | {"args": args | {"width": 10**9}}), "width"),
-        (saved(checkpoint | {"args": args | {"dataset": "mnist"}}), "data set"), (saved(checkpoint | {"args": args | {"seed": -1}}), "odd seed"),
-        (saved(checkpoint | {"args": args | {"model": "vgg"}}), "vgg"), (saved(checkpoint | {"model": {"fc.weight": 1}}), "no tensors"),
-        (saved(checkpoint | {"model": ten}), "fc.weight"), (saved(checkpoint | {"model": {}}), "another network"),
-        (saved(checkpoint | {"model": state | {"conv1.weight": torch.zeros(4, 3, 7, 7)}}), "conv1.weight"),
-        (saved(checkpoint | {"model": state | {"fc.bias": state["fc.bias"] * math.nan}}), "NaN"),
+    strange = (
+        b"", b"hello\n" * 99, b"<!DOCTYPE html><html>" * 99, good[: len(good) // 2], other_zip.getvalue(),
+        legacy(checkpoint), legacy({"x": Payload()}), pickle.dumps(Payload()), saved(state), saved([1, 2]),
+        saved({"args": args, "format": 1, "epoch": 1}), saved(checkpoint | {"args": None}),
     )  # fmt: skip
-    for content, word in table:
+    changes = (
+        ({"epoch": Payload()}, "asks to run"), ({"format": 2}, "another version"), ({"model": {}}, "another network"),
+        ({"args": args | {"width": 10**9}}, "width"), ({"args": args | {"dataset": "mnist"}}, "data set"),
+        ({"args": args | {"seed": -1}}, "odd seed"), ({"args": args | {"model": "vgg"}}, "vgg"),
+        ({"model": {"fc.weight": 1}}, "no tensors"), ({"model": ten}, "fc.weight"),
+        ({"model": state | {"conv1.weight": torch.zeros(4, 3, 7, 7)}}, "conv1.weight"),
+        ({"model": state | {"fc.bias": state["fc.bias"] * math.nan}}, "NaN"),
+    )  # fmt: skip
+    table = [(content, "is not a checkpoint") for content in strange]
+    table += [(bytes(flipped), "CRC"), (saved(resnet18(width=4)), "asks to run")]
+    for content, word in table + [(saved(checkpoint | change), word) for change, word in changes]:
         (run_dir / "best.pt").write_bytes(content)
         fails(lambda: utils.load_model(run_dir), word)
     (run_dir / "best.pt").unlink()
     fails(lambda: utils.load_model(run_dir), "best.pt; run python train.py")
     assert not (scratch() / "pwned").exists()
     images, outputs = torch.randn(2, 3, 32, 32), []
-    for content in (  # and the good one, in other clothes
-        checkpoint, *(checkpoint | {"model": {prefix + key: value for key, value in state.items()}} for prefix in ("module.", "_orig_mod.")),
-        checkpoint | {"model": {key: value.half() if value.is_floating_point() else value for key, value in state.items()}},
-    ):  # fmt: skip
-        torch.save(content, run_dir / "best.pt")
+    half = {key: value.half() if value.is_floating_point() else value for key, value in state.items()}
+    prefixed = [{prefix + key: value for key, value in state.items()} for prefix in ("module.", "_orig_mod.")]
+    for model in (state, half, *prefixed):  # and the good one, in other clothes
+        torch.save(checkpoint | {"model": model}, run_dir / "best.pt")
         outputs.append(utils.load_model(run_dir)(images).detach())
     assert all(torch.allclose(output, outputs[0], atol=0.02) for output in outputs)
 
 
 def test_bad_checkpoints_in_every_script():
     run_dir = copy_of_run("bad everywhere", "*.png", "last.pt")
-    last = run_dir / "last.pt"
     for content, word in ((b"hello", "is not a checkpoint"), (saved({"x": Payload()}), "asks to run")):
         for name in ("best.pt", "last.pt"):
             (run_dir / name).write_bytes(content)
         refused(evaluate.main, [run_dir], 2, "best.pt", word)
         refused(gradcam.main, [run_dir, "--index", "1"], 2, "best.pt", word)
         refused(train.main, [*TINY, "--output-dir", run_dir, "--resume"], 2, "last.pt", word)
-    last.unlink()
     (run_dir / "best.pt").unlink()
     refused(gradcam.main, [run_dir, "--index", "1"], 2, "best.pt", "train.py")
     assert not (scratch() / "pwned").exists()
@@ -2326,42 +2243,45 @@ def test_bad_logits():
     giant = good["test_logits.npy"][:128].replace(b"(10000, 100), }      ", b"(10000000000, 100), }")  # 4 TB
     objects, archive = np.array([Payload()], dtype=object), io.BytesIO()
     np.savez(archive, payload=objects)
-    table = [
-        (b"", "no .npy file"), (b"hello", "no .npy file"), (good["test_logits.npy"][:999_999], "is not the logits"), (giant, "is not the logits"),
-        (saved(objects, np.save, allow_pickle=True), "Object arrays"), (pickle.dumps(Payload()), "no .npy file"), (archive.getvalue(), "no .npy file"),
-        *((saved(array, np.save), word) for array, word in (
-            (logits[:, :10], "(10000, 10)"), (logits[0], "(100,)"), (logits[:9999], "9999"), (logits[:0], "(0, 100)"),
-            (logits.astype(complex), "complex"), (logits.astype(int), "int64"), (logits[:9].astype(str), "<U"))),
-    ]  # fmt: skip
-    for value in (math.nan, math.inf, -math.inf):
-        spoilt = logits.copy()
-        spoilt[77, 5] = value
-        table.append((saved(spoilt, np.save), "row [77]"))
-    table = [("test_logits.npy", *case) for case in table] + [("test_labels.npy", b"", "no .npy file")]
-    for array, word in ((labels[:9999], "(9999,)"), (labels.astype(float), "float64"), (labels - 1, "0..99"), (labels + 1, "0..99")):
-        table.append(("test_labels.npy", saved(array, np.save), word))
+    spoilt = [logits.copy() for _ in range(3)]
+    for array, value in zip(spoilt, (math.nan, math.inf, -math.inf)):
+        array[77, 5] = value
+    table = [("test_logits.npy", content, word) for content, word in (
+        (b"", "no .npy file"), (b"hello", "no .npy file"), (pickle.dumps(Payload()), "no .npy file"),
+        (archive.getvalue(), "no .npy file"), (good["test_logits.npy"][:999_999], "is not the logits"),
+        (giant, "is not the logits"), (saved(objects, np.save, allow_pickle=True), "Object arrays"),
+    )]  # fmt: skip
+    table += [("test_logits.npy", saved(array, np.save), word) for array, word in (
+        (logits[:, :10], "(10000, 10)"), (logits[0], "(100,)"), (logits[:9999], "9999"), (logits[:0], "(0, 100)"),
+        (logits.astype(complex), "complex"), (logits.astype(int), "int64"), (logits[:9].astype(str), "<U"),
+        *((array, "row [77]") for array in spoilt),
+    )]  # fmt: skip
+    table += [("test_labels.npy", b"", "no .npy file")]
+    table += [("test_labels.npy", saved(array, np.save), word) for array, word in (
+        (labels[:9999], "(9999,)"), (labels.astype(float), "float64"), (labels - 1, "0..99"), (labels + 1, "0..99"),
+    )]  # fmt: skip
 
     def write(files, checksums=()):
         for name, content in files.items():
             (run_dir / name).write_bytes(content)
-        utils.write_json(run_dir / "metrics.json", {"sha256": {name: utils.sha256(run_dir / name) for name in checksums}})
+        digests = {name: utils.sha256(run_dir / name) for name in checksums}
+        utils.write_json(run_dir / "metrics.json", {"sha256": digests})
 
     for name, content, word in table:
         write(good | {name: content})
-        refused(failures.main, [run_dir], 2, name, word, "evaluate.py")
-        refused(evaluate.main, [run_dir], 2, name, word, "evaluate.py")
+        for module in (failures, evaluate):
+            refused(module.main, [run_dir], 2, name, word, "evaluate.py")
     assert not (scratch() / "pwned").exists()
-    for name in good:
-        write(good)
+    for name, other in (("test_logits.npy", logits[::-1]), ("test_labels.npy", labels[::-1])):
+        write(good, checksums=good)
+        (run_dir / name).write_bytes(saved(other, np.save))  # not those of metrics.json
+        refused(failures.main, [run_dir], 2, name, "metrics.json was made from another", "evaluate.py")
         (run_dir / name).unlink()
         refused(failures.main, [run_dir], 2, f"no {run_dir / name}", "evaluate.py")
     write(good, checksums=good)
     found = utils.load_logits(run_dir, "test")
-    assert (found[0] == logits).all() and (found[1] == labels).all() and [x.dtype for x in found] == [np.float64, np.int64]
-    for name, other in (("test_logits.npy", logits[::-1]), ("test_labels.npy", labels[::-1])):  # not those of metrics.json
-        write(good, checksums=good)
-        (run_dir / name).write_bytes(saved(other, np.save))
-        refused(failures.main, [run_dir], 2, name, "metrics.json was made from another", "evaluate.py")
+    assert (found[0] == logits).all() and (found[1] == labels).all()
+    assert [array.dtype for array in found] == [np.float64, np.int64]
     write(good | {"test_logits.npy": saved(np.exp(utils.log_softmax(logits)), np.save)})  # allowed, but not in silence
     assert "looks like probabilities" in quietly(utils.load_logits, run_dir, "test")[1]
 
@@ -2376,12 +2296,16 @@ def test_bad_json_and_csv():
     shutil.copy(chain()[0][0] / "metrics.json", run_dir)
     torch.save({}, run_dir / "best.pt")  # not the one that the logits come from
     refused(failures.main, [run_dir], 2, "best.pt has changed", "evaluate.py")
-    for content in ("", "{", "[]", '{"args": {}}', '{"args": [], "dataset": "synthetic"}', '{"args": {}, "dataset": "mnist"}'):
+    lists, mnist = '{"args": [], "dataset": "synthetic"}', '{"args": {}, "dataset": "mnist"}'
+    for content in ("", "{", "[]", '{"args": {}}', lists, mnist):
         (run_dir / "config.json").write_text(content)
         for module in (evaluate, failures, gradcam):
             refused(module.main, [run_dir], 2, "config.json", "train.py")
     path, columns = scratch() / "table.csv", {"epoch": int, "loss": float}
-    for content in ("", "hello\n", "epoch\n1\n", "epoch,loss\n1\n", "epoch,loss\n1,2,3\n", "epoch,loss\n1.5,2\n", "epoch,loss\n1,x\n", "\0"):
+    for content in (
+        "", "\0", "hello\n", "epoch\n1\n", "epoch,loss\n1\n", "epoch,loss\n1,2,3\n", "epoch,loss\n1.5,2\n",
+        "epoch,loss\n1,x\n",
+    ):  # fmt: skip
         path.write_text(content)
         fails(lambda: utils.read_csv(path, "python a.py", "a log", columns), "table.csv is not a log")
     path.write_text("loss,epoch,word\n0.5,1,a\n")
@@ -2390,18 +2314,20 @@ def test_bad_json_and_csv():
 
 
 def test_bad_arguments():
-    """Refused with the flag named, and before any file is changed. (train.py and failures.py have tables of their own.)"""
+    """Refused with the flag named, before any file is changed; train.py and failures.py have tables of their own."""
     run, elsewhere = utils.quote(chain()[0][0]), utils.quote(scratch() / "not made")
-    table = (  # script, arguments, words expected in the line
-        (evaluate, "", "RUN"), (evaluate, elsewhere, "train.py"), (evaluate, f"{run} --device cuda:77", "cuda:77"), (evaluate, f"{run} --bins 3", "--bins"),
-        (evaluate, f"{run} --dataset cifar100", "synthetic"), (evaluate, f"{run} {elsewhere}", "train.py"), (evaluate, f"{run}/best.pt", "is a file"),
-        (gradcam, "", "RUN"), (gradcam, elsewhere, "train.py"), (gradcam, f"{run} --index 1 --image x.png", "not allowed"),
-        (gradcam, f"{run} --image {elsewhere}", "not made"), (gradcam, f"{run} --image https://example.org/cat.png", "example.org"),
-        (gradcam, f"{run} --device foo", "this machine has cpu"), (failures, "", "RUN"), (failures, elsewhere, "train.py"),
-    )  # fmt: skip
     before = {path: path.stat().st_mtime_ns for path in scratch().rglob("*") if path.is_file()}
-    for module, arguments, word in table:
-        refused(module.main, shlex.split(arguments), 2, word, *([f"python {module.__name__}.py --help"] if word in ("RUN", "not allowed") else []))
+    for module in (evaluate, gradcam, failures):
+        refused(module.main, [], 2, "RUN", f"python {module.__name__}.py --help")
+        refused(module.main, [scratch() / "not made"], 2, "train.py")
+    for module, arguments, word in (
+        (evaluate, f"{run} --device cuda:77", "cuda:77"), (evaluate, f"{run} --bins 3", "--bins"),
+        (evaluate, f"{run} --dataset cifar100", "synthetic"), (evaluate, f"{run} {elsewhere}", "train.py"),
+        (evaluate, f"{run}/best.pt", "is a file"),
+        (gradcam, f"{run} --image https://example.org/cat.png", "example.org"),
+        (gradcam, f"{run} --device foo", "this machine has cpu"),
+    ):  # fmt: skip
+        refused(module.main, shlex.split(arguments), 2, word)
     assert before == {path: path.stat().st_mtime_ns for path in scratch().rglob("*") if path.is_file()}
 
 
@@ -2409,38 +2335,34 @@ def test_bad_arguments():
 
 
 def test_places_errors_are_one_line_with_an_exit_status():
-    table = (
+    for error, code, word in (
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), 1, "out of memory"),
-        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB"), 1, "--batch-size"), (MemoryError(), 1, "out of memory"),
-        (OSError(5, "Input/output error", "somewhere"), 1, "somewhere: Input/output error"), (KeyboardInterrupt(), 130, "stopped"),
-        (utils.Terminated(), 143, "stopped"), (ScriptError("this; do that"), 2, "this; do that"), (ScriptError("gone", 1), 1, "gone"),
-    )  # fmt: skip
-    for error, code, word in table:
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB"), 1, "--batch-size"),
+        (MemoryError(), 1, "out of memory"), (KeyboardInterrupt(), 130, "stopped"),
+        (utils.Terminated(), 143, "stopped"), (OSError(5, "Input/output error", "somewhere"), 1, "somewhere: Input"),
+        (ScriptError("this; do that"), 2, "this; do that"), (ScriptError("gone", 1), 1, "gone"),
+    ):  # fmt: skip
         printed = io.StringIO()
-        try:
-            with contextlib.redirect_stderr(printed), replaced(sys, "argv", ["some/where/train.py"]):
-                utils.run_script(lambda argv: (_ for _ in ()).throw(error))
-        except SystemExit as stop:
-            printed = printed.getvalue()
-            assert stop.code == code and word in printed and printed.startswith("train.py: error: "), error
-            assert printed.count("\n") == 1
-        else:
-            raise AssertionError(error)
-    try:  # a bug keeps its traceback
+
+        def broken(argv):
+            raise error  # noqa: B023
+
+        with contextlib.redirect_stderr(printed), replaced(sys, "argv", ["some/where/train.py"]):
+            with raised(SystemExit, str(code)):
+                utils.run_script(broken)
+        printed = printed.getvalue()
+        assert word in printed and printed.startswith("train.py: error: ") and printed.count("\n") == 1, printed
+    with raised(ZeroDivisionError):  # a bug keeps its traceback
         utils.run_script(lambda argv: 1 / 0)
-    except ZeroDivisionError:
-        pass
-    else:
-        raise AssertionError("a bug was hidden")
 
 
 def test_places_exit_codes():
     """Of the scripts as programs; and a closed pipe, as in `| head`, is quiet."""
-    run = utils.quote(copy_of_run("as a program", "last.pt"))
-    offline = f"--data-url http://127.0.0.1:9/x --data-dir {utils.quote(scratch())}"
+    run, elsewhere = utils.quote(copy_of_run("as a program", "last.pt")), utils.quote(scratch() / "no data")
+    offline = f"train.py --data-url http://127.0.0.1:9/x --data-dir {elsewhere} --output-dir {elsewhere}"
     calls = (
         ("train.py --lr -1", 2, "train.py: error: --lr -1.0"),
-        (f"train.py {offline} --output-dir {utils.quote(scratch() / 'no data')}", 1, "train.py: error: cannot get CIFAR-100"),
+        (offline, 1, "train.py: error: cannot get CIFAR-100"),
         (f"failures.py {run} --threshold 0.75", 0, ""),
         (f"failures.py {run} --threshold 0.75 | true", 0, ""),
     )
@@ -2464,42 +2386,39 @@ def test_places_old_torch_and_a_gpu_that_does_not_work():
 
 def test_places_writing():
     """A write that fails half-way leaves the old file; an equal file is left alone; six digits; no NaN."""
-    target = scratch() / "kept.json"
+    target, failed = scratch() / "kept.json", []
     assert utils.write_json(target, {"old": 1})
+
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
     for name in ("replace", "fsync"):
-
-        def full(*args):
-            raise OSError(28, "No space left on device")
-
         with replaced(os, name, full):
             refused(lambda argv: utils.write_json(target, {"new": 2}), [], 1, "No space left", "kept.json")
-    assert json.loads(target.read_text()) == {"old": 1} and not list(scratch().glob(".*.partial"))
+    assert json_of(target) == {"old": 1} and not list(scratch().glob(".*.partial"))
     os.utime(target, (1, 1))
     assert not utils.write_json(target, {"old": 1}) and target.stat().st_mtime == 1
-    assert utils.write_json(target, {"old": 2}) and target.stat().st_mtime > 1
     values = [1 / 3, np.float32(2 / 3), math.nan, -math.inf, -1e-300 * 1e-300, np.int64(7), 123456789, 1234567.8, True]
-    utils.write_json(target, {"a": values, "b": np.array([[0.1, 2e-9]])})
+    assert utils.write_json(target, {"a": values, "b": np.array([[0.1, 2e-9]])}) and target.stat().st_mtime > 1
     expected = [0.333333, 0.666667, None, None, 0.0, 7, 123456789, 1234570.0, True]
-    found = json.loads(target.read_text())
-    assert found == {"a": expected, "b": [[0.1, 2e-9]]} and "-0.0" not in target.read_text()
+    assert json_of(target) == {"a": expected, "b": [[0.1, 2e-9]]} and "-0.0" not in target.read_text()
     utils.write_csv(scratch() / "some.csv", [{"x": 1 / 3, "y": None, "z": "a,b"}])
     assert (scratch() / "some.csv").read_text() == 'x,y,z\n0.333333,,"a,b"\n'
-    if os.name != "nt":  # Windows: Excel has the file open, for a while
-        failed = []
 
-        def busy(*names):
-            failed.append(names)
-            if len(failed) < 3:
-                raise PermissionError(13, "Permission denied")
-            os.rename(*names)
+    def busy(*names):  # Windows: Excel has the file open, for a while
+        failed.append(names)
+        if len(failed) < 3:
+            raise PermissionError(13, "Permission denied")
+        os.rename(*names)
 
+    if os.name != "nt":
         with replaced(os, "replace", busy), replaced(os, "name", "nt"):
             utils.replace(str(target), str(target) + "2")
         assert len(failed) == 3 and not target.exists()
 
 
 def test_places_notebook():
-    """Imported, nothing happens; in a kernel, main() takes none of its arguments, and errors are ordinary exceptions."""
+    """An import does nothing; in a kernel, main() takes none of its arguments, and errors are ordinary exceptions."""
     program = """
 import os, sys, random, types
 before, state = set(os.listdir()), random.getstate()
@@ -2533,30 +2452,32 @@ print(os.path.getsize("figure.png") > 5000)
 
 
 def test_places_publish():
-    """The published form of a run: small, without places, scored from what is in it, and left as it is by evaluate.py."""
+    """A published run: small, without places, scored from what is in it, and left as it is by evaluate.py."""
     import runpy
 
     run_dir, target = copy_of_run("to publish", "last.pt"), scratch() / "results/published"
     publish = runpy.run_path(str(HERE / ".ci/publish"))["main"]
     assert "MB" in quietly(publish, [str(run_dir), str(target)])[1] and os.access(HERE / ".ci/publish", os.X_OK)
-    before, after = (json.loads((folder / "metrics.json").read_text()) for folder in (run_dir, target))
+    before, after = json_of(run_dir / "metrics.json"), json_of(target / "metrics.json")
     assert after["sha256"]["best.pt"] == before["sha256"]["best.pt"] == utils.sha256(target / "best.pt")  # below 4 MB
     assert all(abs(after[name] - before[name]) < 0.002 for name in ("accuracy", "macro_f1", "ece", "nll"))
-    assert np.load(target / "test_logits.npy").dtype == np.float16 and np.load(target / "val_labels.npy").dtype == np.uint8
-    args = json.loads((target / "config.json").read_text())["args"]
-    assert not set(args) & utils.PLACES and {"seed", "lr"} <= set(args)
+    dtypes = [np.load(target / name).dtype for name in ("test_logits.npy", "val_labels.npy")]
+    assert dtypes == [np.float16, np.uint8]
+    config, published = json_of(run_dir / "config.json"), json_of(target / "config.json")["args"]
+    assert not set(published) & utils.PLACES and {"seed", "lr"} <= set(published)
     for name in ("log.csv", "failures.csv", "attention.csv", "curves.png", "gradcam.png"):
         assert (target / name).read_bytes() == (run_dir / name).read_bytes(), name
-    assert len(read_csv(target / "failures.csv")) > 10 and utils.checkpoint_id(target) == before["sha256"]["best.pt"]
+    assert utils.checkpoint_id(target) == before["sha256"]["best.pt"]
     (target / "best.pt").unlink()  # as of a network that is too large
     files = {path: path.stat().st_mtime_ns for path in target.iterdir() if not path.name.startswith("verdict")}
     quietly(evaluate.main, [str(target)])
     assert files == {path: path.stat().st_mtime_ns for path in target.iterdir() if not path.name.startswith("verdict")}
-    config = json.loads((run_dir / "config.json").read_text())
     refused(publish, [run_dir, run_dir], 2, "the run itself")
     utils.write_json(run_dir / "config.json", config | {"finished": False})
     refused(publish, [run_dir, target], 2, "not finished", "--resume")
     refused(publish, [], 2, "RUN")
+
+
 # ---- runner --------------------------------------------------------------------------------------------------------
 
 

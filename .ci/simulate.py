@@ -16,7 +16,6 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import evaluate  # noqa: E402
 from test_smoke import simulated_runs, study_of, verdict_of  # noqa: E402
 
 LABELS = np.arange(5000) % 100
