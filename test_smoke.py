@@ -2558,8 +2558,8 @@ def test_places_errors_are_one_line_with_an_exit_status():
 
 def test_places_exit_codes():
     """Of the scripts as programs; and a closed pipe, as in `| head`, is quiet."""
-    run, elsewhere = utils.quote(copy_of_run("as a program", "last.pt")), utils.quote(scratch() / "no data")
-    offline = f"train.py --data-url http://127.0.0.1:9/x --data-dir {elsewhere} --output-dir {elsewhere}"
+    run, there = utils.quote(copy_of_run("as a program", "last.pt")), utils.quote(scratch())
+    offline = f"train.py --data-url http://127.0.0.1:9/x --data-dir {there} --output-dir {there}/none"
     calls = (
         ("train.py --lr -1", 2, "train.py: error: --lr -1.0"),
         (offline, 1, "train.py: error: cannot get CIFAR-100"),
