@@ -1883,7 +1883,8 @@ def test_gradcam_attention_table_by_hand():
         assert ("Fewer than 20 pairs give no interval" in text) == few and ("[+" not in text) == few, text
         assert within_79_columns(text), text
     for others, start, figures in (
-        (np.tile([0.9, 0.4], 20), "gap between", ["15.0", "15.0", "+0.0", "[-15.7,", "+15.7]"]),  # 1.96 * 50.6 / sqrt(40)
+        # 1.96 * 50.6 / sqrt(40) = 15.7
+        (np.tile([0.9, 0.4], 20), "gap between", ["15.0", "15.0", "+0.0", "[-15.7,", "+15.7]"]),
         (np.full(40, 0.9), "images that lose more at the border", ["50.0", "0.0", "+50.0"]),
         (drops - 0.2, "lost if the centre", ["65.0", "45.0", "+20.0", "[+20.0,", "+20.0]"]),
     ):
