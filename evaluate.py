@@ -1243,7 +1243,7 @@ def draw_stress(path, arms, title):
     left.set_yticks(range(len(names)), [name.replace("_", " ") for name in names])
     left.set(xlabel="accuracy (%), mean of 5 severities; line: clean", xlim=(0, 100))
     middle.set(xlabel="severity of the corruption (0: clean)", ylabel="%", ylim=(0, 100))
-    right.set(xlabel="largest change of a pixel, in 1/255", ylabel="accuracy (%)", ylim=(0, None), xscale="log")
+    right.set(xlabel="largest change of a pixel, in 1/255", ylabel="accuracy (%)", ylim=(0, 100), xscale="log")
     right.set_xticks(EPSILONS, [f"{epsilon:g}" for epsilon in EPSILONS])
     right.minorticks_off()
     for axes in (left, middle, right):
