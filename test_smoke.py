@@ -677,12 +677,13 @@ def test_train_signals():
     """SIGTERM and Ctrl-C: one line, what is kept, how to go on; 143 and 130."""
     if os.name == "nt":
         raise unittest.SkipTest("Windows has no such signals")
-    for number, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
+    # a process that a script started in the background would ignore Ctrl-C
+    program = "import signal as s, train; s.signal(s.SIGINT, s.default_int_handler); train.utils.run_script(train.main)"
+    cases = (signal.SIGTERM, 143), (signal.SIGINT, 130)
+    forever = "--epochs", "2000", "--patience", "0"
+    processes = [started("-c", program, *command(f"signal {code}", *forever)) for _, code in cases]
+    for process, (number, code) in zip(processes, cases):
         run_dir = scratch() / f"signal {code}"
-        # a process that a script started in the background would ignore Ctrl-C
-        program = "import signal as s, train; s.signal(s.SIGINT, s.default_int_handler)"
-        program += "; train.utils.run_script(train.main)"
-        process = started("-c", program, *command(run_dir, "--epochs", "2000", "--patience", "0"))
         wait_until((run_dir / "log.csv").exists)
         process.send_signal(number)
         _, stderr = process.communicate(timeout=60)
