@@ -447,7 +447,7 @@ def _elastic(planes, shift, amplitude, sigma, rngs):
     """(N, 3, 32, 32): an affine map, given by random shifts of three points, then a smooth random field."""
     points = np.array([[26, 26, 1], [26, 6, 1], [6, 6, 1]])  # column, row, 1
     moved = np.stack([points + np.pad(rng.uniform(-shift, shift, (3, 2)), [(0, 0), (0, 1)]) for rng in rngs])
-    back = np.linalg.solve(moved, points)[..., :2]  # (N, 3, 2): from a pixel to the place of its colour
+    back = np.linalg.solve(moved, points[None])[..., :2]  # (N, 3, 2): from a pixel to the place of its colour
     columns, rows = np.meshgrid(np.arange(32), np.arange(32))
     places = np.stack([columns, rows, np.ones_like(rows)], axis=2)  # (32, 32, 3)
     grid = 2 * (places @ back[:, None]) / 31 - 1  # -1 and 1: centres of the outermost pixels
