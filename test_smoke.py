@@ -1,10 +1,13 @@
-"""Tests, offline, two minutes on two cores: the chain on synthetic data, its parts against something independent.
+"""Tests, offline, about two minutes on two cores.
 
     python test_smoke.py             # or pytest
-    python test_smoke.py resume      # only the tests with "resume" in their names
+    python test_smoke.py resume      # tests with "resume" in their names
 
-Tests on the real CIFAR-100 run where it is found (data/, or ../shared/cifar100), and are skipped elsewhere. The last
-line says whether the installation works. What takes longer is in .ci/: kills at random instants, damaged files.
+The whole chain runs on synthetic data, and its parts are compared with
+something independent. Tests on the real CIFAR-100 run where it is found
+(data/, or ../shared/cifar100), and are skipped elsewhere. The last line says
+whether the installation works. What takes longer is in .ci/: kills at random
+instants, damaged files, simulated studies.
 """
 
 import colorsys
