@@ -610,8 +610,8 @@ class OtherDevice(torch.utils._python_dispatch.TorchDispatchMode):
         return tree_map(wrapped, result)
 
 
-def test_train_predict_and_grad_cam_on_another_device():
-    """What a GPU would refuse or wait for, without one: an epoch of steps, validation, maps."""
+def test_train_and_explain_on_another_device():
+    """What a GPU would refuse or wait for, without one: an epoch of steps, validation, maps, attention, an attack."""
     gpu, waits, saved = torch.device("meta"), [], {}
     run_dir = scratch() / "elsewhere"
     run_dir.mkdir()
@@ -635,10 +635,14 @@ def test_train_predict_and_grad_cam_on_another_device():
             quietly(train.train, args, gpu, (None, "test"), run_dir, None, [])
             waits.append(mode.waits)
             model = make_model(args.model, width=4).to(gpu, memory_format=utils.memory_format(gpu))
-            images = data.normalize(torch.zeros(2, 32, 32, 3, dtype=torch.uint8).to(gpu))
+            pixels, classes = torch.zeros(2, 32, 32, 3, dtype=torch.uint8), torch.tensor([1, 2])
+            images, layer = data.normalize(pixels.to(gpu)), LAST_MAP[args.model]
             assert type(utils.predict(model, [images])) is Elsewhere
-            maps = gradcam.grad_cam(model, images, torch.tensor([1, 2]), LAST_MAP[args.model])
+            maps = gradcam.grad_cam(model, images, classes, layer)
             assert type(maps) is type(saved["model"]["fc.weight"]) is Elsewhere
+            quietly(gradcam.attention_figures, model, pixels, classes, layer)
+            attacked = evaluate.attack(model, pixels.to(gpu), classes.to(gpu), 1, 2, contextlib.nullcontext)
+            assert type(attacked) is Elsewhere
     assert waits[0] == waits[1] == waits[2] <= 4, waits  # however many steps: numbers are read once an epoch
     mps = utils.memory_format(torch.device("mps"))  # where batch norm's gradient is wrong in channels_last
     with replaced(data, "memory_format", lambda device: mps):
