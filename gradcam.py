@@ -41,6 +41,7 @@ import difflib
 import math
 import textwrap
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -373,29 +374,24 @@ def attention_table(rows):
 
 
 def read_image(path):
-    """Any picture file as (32, 32, 3) uint8, and a list of words on what was done to it."""
+    """Any picture file as (32, 32, 3) uint8, and in words what it was and what became of it."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)  # above 89 million pixels
             with Image.open(path) as file:
-                image = ImageOps.exif_transpose(file)  # of several frames, the first
-                frames, turn = getattr(file, "n_frames", 1), file.getexif().get(0x0112, 1)
-        done = [f"first of {frames} frames"] if frames > 1 else []
-        done += ["turned upright by its EXIF tag"] if turn in range(2, 9) else []
+                image, frames = ImageOps.exif_transpose(file), getattr(file, "n_frames", 1)
+        words = f"{image.mode} {image.width}x{image.height}"
+        if frames > 1:
+            words += f", first of {frames} frames"
         if image.mode.startswith(("I", "F")):  # 16-bit gray: convert() would clip it all to white
             values = np.asarray(image, np.float64)
-            done.append(f"gray values {values.min():g}..{values.max():g} scaled to 0..255")
+            words += f", values {values.min():g}..{values.max():g} scaled to 0..255"
             values = (values - values.min()) / max(np.ptp(values), 1e-12)
             image = Image.fromarray((255 * values).round().astype(np.uint8))
-        if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:  # hides colours of its own
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            done.append("transparency put on white")
-        width, height = image.size
-        done += [f"converted from {image.mode} to RGB"] if image.mode != "RGB" else []
-        done += ["cut to its central square"] if width != height else []
-        done += [f"resized from {width}x{height} to 32x32"] if (width, height) != (32, 32) else []
-        return np.array(ImageOps.fit(image.convert("RGB"), (32, 32), Image.Resampling.BICUBIC)), done
+        image = image.convert("RGBA")  # transparent pixels hide colours of their own
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+        square = ImageOps.fit(image, (32, 32), Image.Resampling.BICUBIC)
+        return np.array(square), f"{words}; the network sees its central square, on white, in RGB 32x32"
     except Exception as error:  # Pillow's plugins raise OSError, SyntaxError, ValueError, struct.error...
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ScriptError(f"--image {path} is not a readable picture ({reason}); use PNG or JPEG") from None
@@ -413,11 +409,6 @@ def predict_image(model, path, names=CLASS_NAMES):
     names: of the 100 classes, by label. Raises ScriptError for a file that is no readable picture.
     """
     pixels, _ = read_image(path)
-    return likeliest(model, pixels, names)
-
-
-def likeliest(model, pixels, names):
-    """As predict_image, for an image (32, 32, 3) uint8."""
     top = probabilities(model, torch.from_numpy(pixels)[None])[0].topk(5)
     return [(names[label], p) for p, label in zip(top.values.tolist(), top.indices.tolist())]
 
@@ -548,16 +539,106 @@ def read_failures(run_dir, checkpoint):
     return rows
 
 
-def report_attention(run_dir, model, trained, failures, test_set, names, checkpoint):
+@dataclass
+class Subject:
+    """A run's network, and what to explain of it."""
+
+    run_dir: Path
+    dataset: str
+    data_dir: str
+    model: torch.nn.Module
+    trained: dict  # train.py's arguments
+    target: str | int  # "predicted", "true" or a label
+    layer: str
+
+    @property
+    def names(self):
+        return class_names(self.dataset)
+
+
+def open_subject(args):
+    """The Subject of the command line."""
+    device = utils.select_device(args.device)
+    run_dir, config = utils.open_run(args.run)
+    dataset, data_dir = utils.dataset_of(run_dir, config, args)
+    target = args.target
+    if target not in ("predicted", "true"):
+        target = class_label(target, class_names(dataset))
+    checkpoint = utils.load_checkpoint(run_dir / "best.pt")
+    model = utils.network(checkpoint, run_dir / "best.pt", device)
+    trained = utils.NEWER_FLAGS | checkpoint["args"]
+    last = LAST_MAP[trained["model"]]
+    layer = args.layer or last
+    try:
+        grad_cam(model, torch.zeros(1, 3, 32, 32, device=device), torch.tensor([0]), layer)
+    except ValueError as error:
+        raise ScriptError(f"--layer {layer}: {error}; try {last}") from None
+    return Subject(run_dir, dataset, data_dir, model, trained, target, layer)
+
+
+def draw(subject, images, labels, captions, what, name):
+    """Save the picture() of these images in the run directory."""
+    s = subject
+    title = f"{MODELS[s.trained['model']]} trained on {TITLES[s.dataset]}, run {s.run_dir.resolve().name}{what}"
+    figure = picture(s.model, images, labels, s.target, s.layer, s.names, captions, title)
+    utils.save_figure(figure, s.run_dir / name)
+    print(f"wrote {s.run_dir / name}")
+
+
+def explain_file(subject, path):
+    """--image: print and return the five likeliest classes, and draw the maps."""
+    pixels, words = read_image(path)
+    top = predict_image(subject.model, path, subject.names)
+    print(textwrap.fill(f"{path.name}: {words}", 79))
+    for name, p in top:
+        print(f"  {100 * p:5.1f} %  {name}")
+    draw(subject, torch.from_numpy(pixels)[None], None, [path.name], "", f"gradcam-{path.stem}.png")
+    return top
+
+
+def explain_test_images(subject, index):
+    """Maps for these test images, or for the run's failures if index is None; returns the rows of gradcam.csv."""
+    run_dir, run = subject.run_dir, utils.quote(subject.run_dir)
+    checkpoint = utils.sha256(run_dir / "best.pt")
+    failures = read_failures(run_dir, checkpoint) if index is None else None
+    if failures == []:
+        print(f"{run_dir}/failures.csv is empty: no mistake is above the threshold.")
+        print("A lower --threshold of failures.py lists some. To explain other images,")
+        print(f"next: python gradcam.py {run} --index 0 1 2")
+        return []
+    if failures:
+        index = [row["index"] for row in failures]
+    images, labels = load_dataset(subject.dataset, subject.data_dir, train=False)
+    rows, _ = explain(subject.model, images[index], labels[index], subject.target, subject.layer, subject.names)
+    if failures and [row["true"] for row in rows] != [row["true"] for row in failures]:
+        again = f"python evaluate.py {run}, then python failures.py {run}"
+        raise ScriptError(f"{run_dir}/failures.csv does not fit this data set; run {again}")
+    rows = [{"index": i} | row for i, row in zip(index, rows)]
+    utils.write_csv(run_dir / "gradcam.csv", rows)
+    print(f"wrote {run_dir / 'gradcam.csv'}")
+    empty = sum(row["map_max"] <= 0 for row in rows)
+    print(f"  {empty} of {len(rows)} maps have no positive evidence for their target")
+    shown, what = index, ": test images"
+    if failures:
+        shown, what = [row["index"] for row in failures if row["representative"]], ": confident mistakes on test images"
+    draw(subject, images[shown], labels[shown], [f"test image {i}" for i in shown], what, "gradcam.png")
+    if failures:
+        report_attention(subject, index, (images, labels), checkpoint)
+        print(f"next: python evaluate.py {run}")
+    return rows
+
+
+def report_attention(subject, failures, test_set, checkpoint):
     """Measure attention.csv, unless it fits these failures (n,); print what it says and the sanity checks."""
-    path, layer = run_dir / "attention.csv", ATTENTION_LAYER[trained["model"]]
+    model, trained = subject.model, subject.trained
+    path, layer = subject.run_dir / "attention.csv", ATTENTION_LAYER[trained["model"]]
     rows = attention_of_before(path, failures, checkpoint)
     if rows:
         print(f"\nattention at {layer} as measured before (to repeat it, delete attention.csv)")
     else:
         print(f"\nattention at {layer}, measured now (Ctrl-C keeps the above)", flush=True)
-        logits, _ = utils.load_logits(run_dir, "test")
-        rows = measure_attention(model, layer, failures, test_set, logits, names, checkpoint)
+        logits, _ = utils.load_logits(subject.run_dir, "test")
+        rows = measure_attention(model, layer, failures, test_set, logits, subject.names, checkpoint)
         utils.write_csv(path, rows)
         print(f"wrote {path}")
     print(attention_table(rows))
@@ -577,61 +658,10 @@ def report_attention(run_dir, model, trained, failures, test_set, names, checkpo
 def main(argv=None):
     """Returns the rows of gradcam.csv as dicts; with --image, the five likeliest [(class, probability)]."""
     args = parse_args(argv)
-    device = utils.select_device(args.device)
-    run_dir, config = utils.open_run(args.run)
-    dataset, data_dir = utils.dataset_of(run_dir, config, args)
-    names = class_names(dataset)
-    target = args.target if args.target in ("predicted", "true") else class_label(args.target, names)
-    checkpoint = utils.load_checkpoint(run_dir / "best.pt")
-    model = utils.network(checkpoint, run_dir / "best.pt", device)
-    trained = utils.NEWER_FLAGS | checkpoint["args"]
-    layer = args.layer or LAST_MAP[trained["model"]]
-    try:
-        grad_cam(model, torch.zeros(1, 3, 32, 32, device=device), torch.tensor([0]), layer)
-    except ValueError as error:
-        raise ScriptError(f"--layer {layer}: {error}; try {LAST_MAP[trained['model']]}") from None
-
-    def draw(images, labels, captions, what, name):
-        title = f"{MODELS[trained['model']]} trained on {TITLES[dataset]}, run {run_dir.resolve().name}"
-        figure = picture(model, images, labels, target, layer, names, captions, title + what)
-        utils.save_figure(figure, run_dir / name)
-        print(f"wrote {run_dir / name}")
-
+    subject = open_subject(args)
     if args.image is not None:
-        path = Path(args.image).expanduser()
-        pixels, done = read_image(path)
-        top = likeliest(model, pixels, names)
-        print(textwrap.fill(f"{path.name}: {', '.join(done) or 'used as it is'}", 79))
-        for name, p in top:
-            print(f"  {100 * p:5.1f} %  {name}")
-        draw(torch.from_numpy(pixels)[None], None, [path.name], "", f"gradcam-{path.stem}.png")
-        return top
-
-    digest = utils.sha256(run_dir / "best.pt")
-    failures = None if args.index else read_failures(run_dir, digest)
-    if failures == []:
-        print(f"{run_dir}/failures.csv is empty: no mistake is above the threshold.")
-        print("A lower --threshold of failures.py lists some. To explain other images,")
-        print(f"next: python gradcam.py {utils.quote(run_dir)} --index 0 1 2")
-        return []
-    index = args.index or [row["index"] for row in failures]
-    images, labels = load_dataset(dataset, data_dir, train=False)
-    rows, _ = explain(model, images[index], labels[index], target, layer, names)
-    if failures and [row["true"] for row in rows] != [row["true"] for row in failures]:
-        again = f"python evaluate.py {utils.quote(run_dir)}, then python failures.py {utils.quote(run_dir)}"
-        raise ScriptError(f"{run_dir}/failures.csv does not fit this data set; run {again}")
-    rows = [{"index": i} | row for i, row in zip(index, rows)]
-    utils.write_csv(run_dir / "gradcam.csv", rows)
-    print(f"wrote {run_dir / 'gradcam.csv'}")
-    empty = sum(row["map_max"] <= 0 for row in rows)
-    print(f"  {empty} of {len(rows)} maps have no positive evidence for their target")
-    shown = [i for n, i in enumerate(index) if failures is None or failures[n]["representative"]]
-    what = ": test images" if failures is None else ": confident mistakes on test images"
-    draw(images[shown], labels[shown], [f"test image {i}" for i in shown], what, "gradcam.png")
-    if failures:
-        report_attention(run_dir, model, trained, index, (images, labels), names, digest)
-        print(f"next: python evaluate.py {utils.quote(run_dir)}")
-    return rows
+        return explain_file(subject, Path(args.image).expanduser())
+    return explain_test_images(subject, args.index)
 
 
 if __name__ == "__main__":
