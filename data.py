@@ -5,7 +5,7 @@
     foggy = corrupt(images, "fog", severity=3)             # the same shape and dtype
 
 The whole training set is 154 MB of bytes, so it lives on the device as one tensor; there are no worker
-processes, and a batch is cut, mirrored and normalised where it is needed. Krizhevsky: Learning multiple
+processes, and a batch is cropped, flipped and normalised where it is needed. Krizhevsky: Learning multiple
 layers of features from tiny images, 2009, https://www.cs.toronto.edu/~kriz/cifar.html.
 
 To add a corruption: a line at the end of STRENGTHS, and a branch in _corrupted().
@@ -154,7 +154,7 @@ def download(data_dir, url):
 
 
 def fetch(url):
-    """The bytes of the archive, their MD5 checked. Says how fast it comes and how long it takes."""
+    """The bytes of the archive, their MD5 checked. Shows speed and time left."""
     other = ARCHIVE_URL if url == MIRROR_URL else MIRROR_URL
     print(f"downloading {url}", flush=True)
     content, progress, start, warned = bytearray(), Progress(), time.monotonic(), False
@@ -173,7 +173,7 @@ def fetch(url):
                     speed = f"{len(content) / 1e6 / seconds:.2f} MB/s"
                     progress.show(f"{done:.0%} of {ARCHIVE_SIZE // 10**6} MB, {speed}, {duration(left)} left")
         if md5_of(content) != ARCHIVE_MD5:
-            raise ValueError(f"{len(content):,} bytes came, with another MD5")
+            raise ValueError(f"{len(content):,} bytes, wrong MD5")
     except (OSError, ValueError, http.client.HTTPException) as error:
         raise ScriptError(
             f"cannot get CIFAR-100 from {url} ({error}); try --data-url {other}, or any other copy with MD5 "
@@ -190,7 +190,7 @@ def fetch(url):
 def load_synthetic(train=True):
     """A stand-in with CIFAR-100's shapes, made in a second: images (N, 32, 32, 3) uint8, labels (N,) int64.
 
-    Every class is a pattern of 4x4 colour blocks; the five classes of a superclass share a third of theirs.
+    Every class is a pattern of 4x4 colours, each one third its superclass's and two thirds its own.
     An image blends its class's pattern with a share of up to 0.55 of another one's, plus noise. Where that
     share is above one half the label is wrong in effect, so that even a perfect classifier makes mistakes,
     some of them confident.
@@ -209,7 +209,7 @@ def load_synthetic(train=True):
 
 
 def split_train_val(labels, val_size, seed):
-    """Sorted indices (train, val) with val_size / 100 validation images of every class, by the seed alone.
+    """Stratified split by the seed alone: sorted indices (train, val), val_size / 100 of every class in val.
 
     labels: (N,) int64 with equally many of each class. val_size: a multiple of 100.
     """
@@ -257,7 +257,7 @@ def epoch_plan(seed, epoch, n):
 
 
 def augment(padded, index, offsets, flips):
-    """One training batch by one gather: a random window of each padded image, mirrored where flips says so.
+    """One training batch by one gather: a random crop of each padded image, flipped where flips says so.
 
     padded: (N, 40, 40, 3) uint8. index (B,), offsets (B, 2) as row and column, flips (B,): a slice of
     epoch_plan, on the device of padded. Returns (B, 3, 32, 32) float32, normalised. The mirror image costs

@@ -5,11 +5,11 @@
     python evaluate.py runs/baseline runs/smoothing0.1 --stress
 
 Runs of one recipe differ in the seed alone. The first recipe is the baseline;
-every other one gets a verdict on the study's claims, with intervals that
-cover the choice of test images and the randomness of training.
+every other one gets a verdict on the study's claims (see README), with
+intervals that cover the choice of test images and the randomness of training.
 
-The idea: a metric is a weighted mean over the test images. Weights of one
-give its value, the weights of a bootstrap resample one draw of it, many draws
+The idea: a metric is computed from weighted test images. Weights of one give
+its value, the weights of a bootstrap resample one draw of it, many draws
 its interval; a claim is arithmetic on the draws of several runs. To add a
 metric, add a line to metrics(); to add a claim, add an entry to CLAIMS.
 The file follows this order: logits, the scores of each image, metrics,
@@ -19,9 +19,9 @@ Writes into each run directory test_logits.npy (10000, 100) float32 and
 test_labels.npy (10000,) int64, where row i is test image i; the same for the
 validation images; metrics.json (fractions, 95 % intervals under ci95);
 confusion.npy (row = true class, column = predicted) and .png, per_class.csv
-and .png, reliability.png; into the first changed run verdict.json and .png.
---stress adds stress_preds.npy, stress_confidence.npy, stress.csv and .png.
-Logits that are there already are not computed again.
+and .png, reliability.png; into the first run of each changed recipe
+verdict.json and .png. --stress adds stress_preds.npy, stress_confidence.npy,
+stress.csv and .png. Logits that are there already are not computed again.
 """
 
 import functools
@@ -40,6 +40,7 @@ import torch.nn.functional as F
 import utils
 from data import CORRUPTIONS, NUM_CLASSES, SMALL_ANIMALS, SUPERCLASS_OF, SUPERCLASSES, TITLES
 from data import class_names, corrupt, load_dataset, normalize, split_id, split_train_val
+from model import MODELS
 from utils import ScriptError, calibration_bins, confusion_matrix, log_softmax, warn
 
 # The study's one run: ResNet-18 with smoothing 0.1, best epoch of 40, CIFAR-100 test set.
@@ -79,14 +80,14 @@ def compute_logits(run_dir, dataset, data_dir, device):
 
 
 def checksums(run_dir):
-    """{file: SHA-256} of the arrays and of the best.pt that they come from, also where that is not here any more."""
+    """{file: SHA-256} of the arrays and of their best.pt; if that is gone, its checksum from metrics.json."""
     found = {name: utils.sha256(run_dir / name) for name in ("best.pt", *ARRAYS)}
     found["best.pt"] = found["best.pt"] or known_checksums(run_dir).get("best.pt")
     return found
 
 
 def known_checksums(run_dir):
-    """The checksums in metrics.json, or {} if there are none or it is damaged: then the scores are made anew."""
+    """The checksums in metrics.json; {} if it is missing or damaged: the scores are computed again."""
     try:
         return utils.recorded_checksums(run_dir)
     except ScriptError:
@@ -98,7 +99,7 @@ def known_checksums(run_dir):
 
 @dataclass
 class Scores:
-    """What a run predicts, for each of N test images: arrays (N,). Metrics are weighted means of these."""
+    """What a run predicts for each of N test images: arrays (N,). Metrics are computed from these and weights."""
 
     pred: np.ndarray  # int64
     confidence: np.ndarray  # largest softmax probability
@@ -203,8 +204,8 @@ def ensemble(runs):
 
     disagreement: share of the pairs of members that predict different classes. mutual_information: entropy of
     the mean probability minus the members' mean entropy, in nats (Depeweg et al., arXiv:1710.07283).
-    Scaled: the mean of the scaled probabilities. A temperature of its own would need validation images that no
-    member was trained on, and another seed has others.
+    Scaled: the mean of the scaled probabilities. It has no temperature of its own: seeds split differently, so
+    no validation image is held out from every member.
     """
 
     def log(p):
@@ -235,7 +236,7 @@ def metrics(scores, labels, weights):
         "accuracy": s.correct,
         "top5_accuracy": s.top5,
         "superclass_accuracy": s.same_superclass,
-        "errors_within_superclass": s.same_superclass & wrong,  # of all images so far
+        "errors_within_superclass": s.same_superclass & wrong,  # divided by the errors below
         "nll": s.nll,
         "brier": s.brier,
         "mean_confidence": s.confidence,
@@ -289,8 +290,8 @@ def rank_by_confidence(confidence, wrong, w):
 def calibrated_ece(confidence):
     """The ECE that a perfectly calibrated model of these confidences shows on average: its noise floor.
 
-    The sum of (correct - confidence) over a bin is then about normal with variance sum p (1 - p), whose mean
-    absolute value is sqrt(2 / pi) standard deviations.
+    Over a bin, correct - confidence then sums to about normal with variance sum p (1 - p), p the confidence. The
+    mean absolute value of that is sqrt(2 / pi) standard deviations.
     """
     variance = np.bincount(calibration_bins(confidence), confidence * (1 - confidence))
     return float(np.sqrt(2 / np.pi * variance).sum() / len(confidence))
@@ -381,7 +382,7 @@ class Arm:
 
     @property
     def image_noise(self):
-        """Variance of the mean due to the choice of images, each run on its own.
+        """The part of the mean's variance over images that the runs do not share.
 
         The spread between seeds contains it already, so with_noise takes it out.
         """
@@ -395,8 +396,8 @@ def arm_of(pairs):
 
 
 @dataclass
-class Study:
-    """Baselines and changed runs on the same test images; without changed runs, one recipe alone."""
+class Recipes:
+    """The runs of two recipes, baselines and changed, on the same test images; of one alone, if changed is empty."""
 
     baselines: list
     changed: list
@@ -429,14 +430,14 @@ def spread(arms):
 def with_noise(figure, draws, image_noise, error, degrees, seed=0):
     """Draws of a figure over test images and training runs.
 
-    draws: (RESAMPLES,) over images; they are centred on the figure, and shrunk by the image_noise (a
-    variance) that the spread between runs contains as well. error: standard error over training runs, from so
-    many degrees of freedom: a Student t. With no degree, the draws are over images alone.
+    draws: (RESAMPLES,) over images. error: standard error over training runs, with a Student t of so many
+    degrees of freedom; without a degree the draws are over images alone. The variance of the result is that
+    of the draws, minus the image_noise that the error contains as well, plus that of the t.
     """
     centred = draws - draws.mean()
     variance = centred.var()
     shrink = math.sqrt(max(0.0, 1 - image_noise / variance)) if variance else 1.0
-    noisy = figure + shrink * np.tile(centred, 20)
+    noisy = figure + shrink * np.tile(centred, 20)  # each with 20 draws of the t
     return noisy + error * np.random.default_rng(seed).standard_t(degrees, len(noisy)) if degrees else noisy
 
 
@@ -452,13 +453,10 @@ def one_recipe(arm, arms, control, control_value, reference=0.0, **about):
     return Estimate(*level(arm, arms), control, control_value, reference, dots, **about)
 
 
-def change(arms, control=None, control_value=None, difference=None, unit=100):
-    """The Estimate of the changed runs' mean minus the baselines'; difference: another (figure, draws over images).
-
-    Its control is the deviation between seeds, if no other is named.
-    """
+def change(arms, control=None, control_value=None, unit=100):
+    """The Estimate of the changed runs' mean minus the baselines'. Default control: the deviation between seeds."""
     before, after = arms
-    figure, draws = difference or (after.mean - before.mean, after.draws.mean(0) - before.draws.mean(0))
+    figure, draws = after.mean - before.mean, after.draws.mean(0) - before.draws.mean(0)
     s, degrees = spread(arms)
     error = s * math.sqrt(1 / len(before.values) + 1 / len(after.values))
     noisy = with_noise(figure, draws, before.image_noise + after.image_noise, error, degrees)
@@ -468,39 +466,40 @@ def change(arms, control=None, control_value=None, difference=None, unit=100):
     return Estimate(figure, noisy, control, control_value, dots=dots, unit=unit)
 
 
-def confident_errors_fall(study):
-    """Under smoothing by construction: its targets are at most 1 - a + a / 100."""
-    a = study.changed[0].config["args"].get("smoothing") or 0
-    control = (f"highest target under smoothing {a:g}", 1 - a + a / 100) if a else ()
-    return change(study.metric("confident_errors"), *control)
+def confident_errors_fall(recipes):
+    """By construction, if smoothing is new and its highest target, 1 - a + a / 100, not far above 0.90."""
+    before, a = (arm[0].config["args"].get("smoothing") or 0 for arm in recipes.arms)
+    target = 1 - a + a / NUM_CLASSES
+    control = (f"highest target under smoothing {a:g}", target) if before < a and target < CONFIDENT + 0.005 else ()
+    return change(recipes.metric("confident_errors"), *control)
 
 
-def errors_at_equal_coverage(study):
+def errors_at_equal_coverage(recipes):
     """Error rate among equally many most confident images: as many as the baselines have above 0.90."""
-    count = round(np.mean([(run.raw.confidence > CONFIDENT).sum() for run in study.baselines]))
+    count = round(np.mean([(run.raw.confidence > CONFIDENT).sum() for run in recipes.baselines]))
     if count < 50:
         return undecided(f"the baselines have {count} images above {CONFIDENT}; 50 are needed")
 
     def error_rate(run):
         order = np.argsort(-run.raw.confidence, kind="stable")
         wrong, draws = ~run.raw.correct[order], []
-        for w in blocks_of(study.weights):
+        for w in blocks_of(recipes.weights):
             images, errors = np.cumsum(w[:, order], 1), np.cumsum(w[:, order] * wrong, 1)
             draws += [np.interp(count, *row) / count for row in zip(images, errors)]
         return wrong[:count].mean(), np.array(draws)
 
-    return change(study.quantity(error_rate))
+    return change(recipes.quantity(error_rate))
 
 
-def confidence_on_failures(study, kind):
-    """Confidence ("raw" or "scaled") on confident failures of baselines, of other seeds than the run's own.
+def confidence_on_failures(recipes, kind):
+    """Change of confidence ("raw" or "scaled") on the confident failures of baselines of other seeds.
 
-    Failures picked for their confidence in one run look better in any other. So each baseline's failures are a
-    set of images on which only runs of other seeds are compared: first in each set, then over the sets.
+    Confident failures of one run regress to the mean in any other. So on the failures of each baseline, a set
+    of images, only runs of other seeds are compared; then the differences are averaged over the sets.
     """
-    runs, split = study.baselines + study.changed, len(study.baselines)
+    runs, split = recipes.baselines + recipes.changed, len(recipes.baselines)
     sets, drops = [], []
-    for picker in study.baselines:
+    for picker in recipes.baselines:
         picked = picker.raw.failures
         others = np.array([run.seed != picker.seed for run in runs])
         if picked.sum() < 10 or not others[:split].any() or not others[split:].any():
@@ -508,65 +507,79 @@ def confidence_on_failures(study, kind):
         of_runs = []  # of each run (1 + RESAMPLES,): its mean confidence on the set, then in the resamples
         for run in runs:
             confidence = getattr(run, kind).confidence[picked]
-            of_runs.append([confidence.mean(), *weighted_mean(confidence, study.weights[:, picked])])
+            of_runs.append([confidence.mean(), *weighted_mean(confidence, recipes.weights[:, picked])])
         sets.append(np.where(others[:, None], of_runs, np.nan))
         drops.append(np.nanmean(sets[-1][:split, 0]) - getattr(picker, kind).confidence[picked].mean())
     if not sets:
         return undecided("needs baselines of two seeds with 10 confident failures each, and runs of other seeds")
 
-    def mean(part, axis):  # but for NaN, where run and set share their seed; without a warning if nothing is left
-        there = ~np.isnan(part)
-        return np.where(there, part, 0).sum(axis) / np.where(there.any(axis), there.sum(axis), np.nan)
+    def difference_and_deviations(table):
+        """Of (sets, runs, n): the change (n,), and how far each run lies from the others of its recipe (runs, n)."""
+        before, after = table[:, :split].mean(1), table[:, split:].mean(1)
+        of_runs = (table - (before + after)[:, None] / 2).mean(0)  # without what a set has in common
+        parts = of_runs[:split], of_runs[split:]
+        return (after - before).mean(0).filled(np.nan), np.ma.concatenate([part - part.mean(0) for part in parts])
 
-    table = np.array(sets)  # (sets, runs, 1 + RESAMPLES)
-    difference = (mean(table[:, split:], 1) - mean(table[:, :split], 1)).mean(0)
-    relative = mean(table - mean(table, 1)[:, None], 0)  # of each run, over its sets: how far it is from the set's mean
-    used = [[row for row in rows if not np.isnan(row[0])] for rows in (relative[:split], relative[split:])]
-    arms = [arm_of([(row[0], row[1:]) for row in rows]) for rows in used]
-    return change(arms, "what another baseline seed does", np.mean(drops), (difference[0], difference[1:]))
+    table = np.ma.masked_invalid(sets)  # (sets, runs, 1 + RESAMPLES); masked: the run has the set's own seed
+    difference, deviations = difference_and_deviations(table)
+    figure, used = difference[0], ~np.ma.getmaskarray(deviations)[:, 0]
+    dots = deviations[:split, 0].compressed(), figure + deviations[split:, 0].compressed()
+    about = {"control": "what another baseline seed does", "control_value": np.mean(drops), "dots": dots}
+    if min(used[:split].sum(), used[split:].sum()) < 2:
+        note = "needs two runs of each recipe on failures of other seeds"
+        return Estimate(figure, with_noise(figure, difference[1:], 0.0, 0.0, 0), note=note, **about)
+    # A run is compared with others in several sets, so its effect enters many deviations. How much, a unit effect
+    # of each run shows. With the same two seeds in both recipes, this is the t-test of two paired differences.
+    weights, mixing = difference_and_deviations(0 * table[..., :1] + np.eye(len(runs)))
+    products = mixing.filled(0).T @ mixing.filled(0)
+    share = (weights**2).sum() / products.trace()  # variance of the change per sum of squared deviations
+    error = math.sqrt(share * (deviations[:, 0] ** 2).sum())
+    degrees = products.trace() ** 2 / (products**2).sum()  # Satterthwaite
+    image_noise = share * deviations[:, 1:].var(1).sum()
+    return Estimate(figure, with_noise(figure, difference[1:], image_noise, error, degrees), **about)
 
 
-def calibration_improves(study):
-    """|mean confidence - accuracy| of a recipe. The absolute value comes last: of each run it would be mostly noise."""
-    arms = study.metric("signed_gap")
+def calibration_improves(recipes):
+    """Change of a recipe's |mean confidence - accuracy|: of the mean over runs, since per run it is mostly noise."""
+    arms = recipes.metric("signed_gap")
     (before, before_draws), (after, after_draws) = (level(arm, arms, seed) for seed, arm in enumerate(arms))
     draws = np.abs(after_draws) - np.abs(before_draws)
     dots = tuple(np.abs(arm.values) - abs(before) for arm in arms)
     return Estimate(abs(after) - abs(before), draws, "deviation between seeds", spread(arms)[0], dots=dots)
 
 
-def errors_stay_in_superclass(study):
-    arms = study.metric("errors_within_superclass")
-    chance = np.mean([chance_within_superclass(run.confusion) for run in study.baselines])
+def errors_stay_in_superclass(recipes):
+    arms = recipes.metric("errors_within_superclass")
+    chance = np.mean([chance_within_superclass(run.confusion) for run in recipes.baselines])
     control = f"chance; the figure is {arms[0].mean / chance:.1f} times that"
     return one_recipe(arms[0], arms, control, chance, reference=chance)
 
 
-def small_animals_are_worst(study):
+def small_animals_are_worst(recipes):
     """Mean accuracy of the 15 classes of small animals minus that of the 85 others."""
-    labels = study.baselines[0].labels
+    labels = recipes.baselines[0].labels
     small = np.isin(labels, SMALL_ANIMALS)
     signed = np.where(small, 1 / small.mean(), -1 / (~small).mean())
-    arms = study.mean(lambda run: run.raw.correct * signed)
+    arms = recipes.mean(lambda run: run.raw.correct * signed)
     among = []
-    for run in study.baselines:
+    for run in recipes.baselines:
         hits = np.bincount(labels, run.raw.correct, NUM_CLASSES)  # of equally many images
         among.append(np.isin(np.argsort(hits, kind="stable")[:10], SMALL_ANIMALS).sum())
     control = f"of the ten worst classes; {len(SMALL_ANIMALS) / 10:g} by chance"
     return one_recipe(arms[0], arms, control, np.mean(among), control_is_count=True)
 
 
-def attention_on_border(study):
+def attention_on_border(recipes):
     """From gradcam.py's attention.csv: failures and correct predictions, in pairs of equal confidence and class."""
     pairs, shares = [], []
-    for run in study.baselines:
+    for run in recipes.baselines:
         failures, matched = read_attention(run)
         if len(failures) < 10:
             continue
         border = [np.array([row["border_drop"] > row["centre_drop"] for row in rows]) for rows in (failures, matched)]
         shares.append([part.mean() for part in border])
         difference = border[0].astype(float) - border[1]
-        drawn = weighted_mean(difference, study.weights[:, [row["index"] for row in failures]])
+        drawn = weighted_mean(difference, recipes.weights[:, [row["index"] for row in failures]])
         pairs.append((difference.mean(), drawn))
     if not pairs:
         return undecided("needs 10 confident failures that went through failures.py and gradcam.py")
@@ -577,15 +590,15 @@ def attention_on_border(study):
     return one_recipe(arm, [arm], control, of_matched, note=few)
 
 
-def worse_after_peak(column, sign, side):
-    """Validation accuracy (sign 1) or loss (-1) at its best epoch against the last one, in one recipe (side 0 or 1).
+def worse_after_peak(column, sign, which):
+    """How much validation accuracy (sign 1) or loss (-1) worsens from its best epoch to the last, in one recipe.
 
     The best epoch is that of the *other* runs' mean curve, within its first three quarters: a run's own best
     epoch is partly noise, and always looks better than its last.
     """
 
-    def statistic(study):
-        found = [read_curve(run, column) for run in (study.baselines, study.changed)[side]]
+    def statistic(recipes):
+        found = [read_curve(run, column) for run in (recipes.baselines, recipes.changed)[which]]
         curves = [sign * curve for curve in found if curve is not None]
         if len(curves) < 2:
             return undecided("needs the log.csv of two runs of the recipe")
@@ -609,27 +622,31 @@ def worse_after_peak(column, sign, side):
     return statistic
 
 
-def accurate_under_corruption(study):
+def accurate_under_corruption(recipes):
     """Mean accuracy over all corruptions and severities; control: the change on the same images, clean."""
-    return stress_change(study, ("corruption", None), "change on clean images", ("clean", None), ("clean", None))
+    return stress_change(recipes, ("corruption", None), "change on clean images", ("clean", None), ("clean", None))
 
 
-def accurate_under_attack(study):
-    """Control: the change when both are shown the images made against a baseline (for baselines: their own)."""
-    return stress_change(study, ("pgd", 1), "same, on the baseline's images", ("pgd", 1), ("transfer", 1))
+def accurate_under_attack(recipes):
+    """Accuracy under PGD at 1/255; control: both on adversarial images made against a baseline."""
+    estimate = stress_change(recipes, ("pgd", 1), "same, on the baseline's images", ("pgd", 1), ("transfer", 1))
+    known = {run.stress.checkpoint for run in recipes.baselines if run.stress}
+    if not {run.stress.surrogate for run in recipes.changed if run.stress} <= known:
+        estimate.control_value = None  # those images were made against another network
+    return estimate
 
 
-def stress_change(study, condition, control, before, after):
+def stress_change(recipes, condition, control, before, after):
     """Change of the accuracy under a condition (kind, strength); control: from `before` in the baselines to `after`."""
-    runs = study.baselines + study.changed
+    runs = recipes.baselines + recipes.changed
     found = [run.stress for run in runs]
     if None in found or len({(len(stress.index), stress.source) for stress in found}) > 1:
         return undecided("needs evaluate.py --stress on all runs, with the same images")
     if any(np.isnan(stress.correct(*condition)).any() for stress in found):
         return undecided("--stress was interrupted; run the same command to continue")
-    arms = study.mean(lambda run: run.stress.correct(*condition), resample(found[0].labels, seed=1))
-    before = np.mean([run.stress.accuracy(*before) for run in study.baselines])
-    after = np.mean([run.stress.accuracy(*after) for run in study.changed])
+    arms = recipes.mean(lambda run: run.stress.correct(*condition), resample(found[0].labels, seed=1))
+    before = np.mean([run.stress.accuracy(*before) for run in recipes.baselines])
+    after = np.mean([run.stress.accuracy(*after) for run in recipes.changed])
     return change(arms, control, after - before)
 
 
@@ -637,7 +654,7 @@ def stress_change(study, condition, control, before, after):
 class Claim:
     text: str
     side: str  # what is claimed of figure - reference: "above" or "below" 0, or "within" MARGIN of 0
-    statistic: Callable  # of a Study; returns an Estimate
+    statistic: Callable  # of Recipes; returns an Estimate
     arms: tuple = (0, 1)  # which it needs: 0 the baselines, 1 the changed runs
 
 
@@ -649,10 +666,10 @@ CLAIMS = [
     Claim("fewer errors at equal coverage", "below", errors_at_equal_coverage),
     Claim("earlier failures less confident", "below", lambda s: confidence_on_failures(s, "raw")),
     Claim("the same, temperature-scaled", "below", lambda s: confidence_on_failures(s, "scaled")),
-    # the gap is a mean: without the floor and the bias that an absolute value has
+    # signed: an absolute value would have a floor and a bias
     Claim("over-confidence falls", "below", lambda s: change(s.metric("signed_gap"), "no change", 0.0)),
     Claim("calibration improves (gap)", "below", calibration_improves),
-    # scaled: without what one number per run would mend
+    # scaled: beyond what one temperature can mend
     Claim("generalizes better (NLL, scaled)", "below", lambda s: change(s.mean(lambda run: run.scaled.nll), unit=1)),
     Claim("ranks its errors better (AUROC)", "above", lambda s: change(s.metric("auroc_failure"))),
     Claim("more accurate under corruption", "above", accurate_under_corruption),
@@ -679,18 +696,18 @@ def decide(ends, side):
     return "supported" if supported else "contradicted" if contradicted else "not decided"
 
 
-def judge(study, synthetic=False):
-    """[(Claim, Estimate, ends, word)]: every claim about the study's runs; ends: [low, high] of the figure, or None."""
+def judge(recipes, synthetic=False):
+    """[(Claim, Estimate, ends, word)]: of every claim; ends: [low, high] of the figure, or None."""
     rows = []
     for claim in CLAIMS:
-        arms = [(study.baselines, study.changed)[k] for k in claim.arms]
+        arms = [(recipes.baselines, recipes.changed)[k] for k in claim.arms]
         if not all(arms) or (synthetic and claim.statistic in REAL_CLASSES):
             continue
-        estimate = claim.statistic(study)
+        estimate = claim.statistic(recipes)
         ends = interval(estimate.draws)
         if ends is None or math.isnan(estimate.figure):
             estimate.figure, ends = None, None
-            estimate.note = estimate.note or "undefined: a resample contains none of the images it is about"
+            estimate.note = estimate.note or "undefined: some resample has no image that the claim is about"
         elif min(map(len, arms)) < 2:
             estimate.note = "one run of a recipe: its seed may be the reason; train it with other seeds"
         word = "not decided"
@@ -705,11 +722,11 @@ def judge(study, synthetic=False):
 
 def read_curve(run, column):
     """A column of the run's log.csv, (epochs,) float64, or None."""
-    path = run.folder / "log.csv"
-    if not path.exists():
-        warn(f"no {path}: the run is left out of the row on {column}")
+    path, columns = run.folder / "log.csv", {"epoch": int, column: float}
+    rows = utils.read_csv(path, "python train.py --resume", "the log of a run", columns) if path.exists() else []
+    if not rows:
+        warn(f"no epoch in {path}: the run is left out of the row on {column}")
         return None
-    rows = utils.read_csv(path, "python train.py --resume", "the log of a run", {"epoch": int, column: float})
     return np.array([row[column] for row in rows])
 
 
@@ -737,7 +754,7 @@ def read_attention(run):
 # ---- stress ---------------------------------------------------------------------------------------------
 
 GROUPS = {"noise": CORRUPTIONS[:3], "blur": CORRUPTIONS[3:6], "weather": CORRUPTIONS[6:8], "digital": CORRUPTIONS[8:]}
-EPSILONS = (0.25, 1, 2, 8)  # largest change of a pixel by an attack, in gray levels of 255
+EPSILONS = (0.25, 1, 2, 8)  # bounds of the attacks: largest change of a pixel, in 1/255
 NEIGHBOURS = [(dy, dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1) if (dy, dx) != (0, 0)]
 CONDITIONS = (  # (kind, name, strength), the rows of stress.csv and of the arrays
     [("clean", "", 0)]
@@ -758,7 +775,7 @@ class Stress:
     confidence: np.ndarray  # (conditions, N) float32
     source: str  # of the corrupted images
     checkpoint: str  # SHA-256 of the best.pt that was measured
-    victim: str = ""  # of the best.pt that the images of the transfer conditions were made against
+    surrogate: str = ""  # of the best.pt that the images of the transfer conditions were made against
 
     def rows(self, kind, strength=None, name=None):
         """Indices of the conditions of a kind, of all strengths and names if none is given."""
@@ -786,7 +803,7 @@ class Stress:
 
 
 def attack(model, images, labels, epsilon, steps, autocast):
-    """Images (B, 32, 32, 3) float32 in 0..255, each pixel changed by at most epsilon so as to be misclassified.
+    """Adversarial images (B, 32, 32, 3) float32 in 0..255, within epsilon of the clean ones in every pixel.
 
     steps = 1: FGSM, one step of epsilon (Goodfellow et al., arXiv:1412.6572). More: PGD from a random start
     in steps of 2.5 epsilon / steps (Madry et al., arXiv:1706.06083). Both climb the margin max_{k != y} z_k -
@@ -869,43 +886,42 @@ class StressTest:
                 batch = attack(attacked, batch, labels, strength, 1 if kind == "fgsm" else 10, self.autocast)
             yield batch
 
-    def prepare(self, run):
-        """What run.stress lacks: ([index of a condition], the baseline to make the transferred images against)."""
+    def open_stress(self, run):
+        """Make run.stress if there is none; refuse one of other images."""
         if run.stress is None:
             shape = (len(CONDITIONS), len(self.index))
             preds, confidence = np.zeros(shape, np.uint8), np.full(shape, np.nan, np.float32)
             about = self.source, utils.checkpoint_id(run.folder)
             run.stress = Stress(self.index, self.labels.numpy(), preds, confidence, *about)
             (run.folder / "stress.csv").unlink(missing_ok=True)  # it says what the arrays are, and they come first
-        stress = run.stress
-        if not np.array_equal(stress.index, self.index) or stress.source != self.source:
-            found = f"{run.folder} has stress results on {len(stress.index)} images, {stress.source}"
+        elif not np.array_equal(run.stress.index, self.index) or run.stress.source != self.source:
+            found = f"{run.folder} has stress results on {len(run.stress.index)} images, {run.stress.source}"
             raise ScriptError(f"{found}; give the same --stress-images and --cifar-c, or --refresh")
-        baseline = None  # baselines are shown no transferred images
-        if run not in self.baselines:
-            same_seed = [base for base in self.baselines if base.seed == run.seed]
-            baseline = (same_seed or self.baselines)[0]
-            victim = utils.checkpoint_id(baseline.folder)
-            if stress.victim != victim:
-                stress.victim, stress.confidence[stress.rows("transfer")] = victim, np.nan
-        wanted = [k for k, (kind, _, _) in enumerate(CONDITIONS) if baseline or kind != "transfer"]
-        return [k for k in wanted if np.isnan(stress.confidence[k, 0])], baseline
 
     def measure(self, run):
         """Measure what run.stress lacks, saving after every condition: an interrupted test goes on from there."""
-        todo, baseline = self.prepare(run)
+        self.open_stress(run)
+        stress, surrogate = run.stress, None  # whose images a changed run is shown in the transfer conditions
+        if run not in self.baselines:
+            same_seed = [base for base in self.baselines if base.seed == run.seed]
+            surrogate = (same_seed or self.baselines)[0].folder
+            if stress.surrogate != utils.checkpoint_id(surrogate):
+                stress.surrogate = utils.checkpoint_id(surrogate)
+                stress.confidence[stress.rows("transfer")] = np.nan
+        wanted = [k for k, (kind, _, _) in enumerate(CONDITIONS) if surrogate or kind != "transfer"]
+        todo = [k for k in wanted if np.isnan(stress.confidence[k, 0])]
         if not todo:  # as with a published run, whose best.pt is elsewhere
             return
         model = utils.load_model(run.folder, self.device).requires_grad_(False)
-        victim = utils.load_model(baseline.folder, self.device).requires_grad_(False) if baseline else None
+        other = utils.load_model(surrogate, self.device).requires_grad_(False) if surrogate else None
         costs = [COST.get(CONDITIONS[k][0], 1) for k in todo]
         progress, start = utils.Progress(), time.monotonic()
         for done, k in enumerate(todo, 1):
-            batches = self.batches(*CONDITIONS[k], victim if CONDITIONS[k][0] == "transfer" else model)
+            batches = self.batches(*CONDITIONS[k], other if CONDITIONS[k][0] == "transfer" else model)
             with self.autocast():
                 probs = utils.predict(model, map(normalize, batches)).softmax(1)
             confidence, preds = probs.max(1)
-            run.stress.confidence[k], run.stress.preds[k] = confidence.cpu().numpy(), preds.cpu().numpy()
+            stress.confidence[k], stress.preds[k] = confidence.cpu().numpy(), preds.cpu().numpy()
             write_stress(run)
             if progress.due():
                 left = (time.monotonic() - start) / sum(costs[:done]) * sum(costs[done:])
@@ -922,7 +938,7 @@ def write_stress(run):
             accuracy = confidence = ""
         row = {"kind": kind, "name": name, "strength": strength, "accuracy": accuracy, "mean_confidence": confidence}
         row |= {"images": len(stress.index), "source": stress.source, "checkpoint": stress.checkpoint}
-        rows.append(row | {"victim": stress.victim if kind == "transfer" else ""})
+        rows.append(row | {"surrogate": stress.surrogate if kind == "transfer" else ""})
     utils.write_npy(run.folder / "stress_preds.npy", stress.preds)
     utils.write_npy(run.folder / "stress_confidence.npy", stress.confidence)
     utils.write_csv(run.folder / "stress.csv", rows)
@@ -933,7 +949,7 @@ def read_stress(run):
     path, made_by = run.folder / "stress.csv", f"python evaluate.py {utils.quote(run.folder)} --stress --refresh"
     if not path.exists():
         return None
-    kinds = {"images": int, "source": str, "checkpoint": str, "victim": str}
+    kinds = {"images": int, "source": str, "checkpoint": str, "surrogate": str}
     rows = utils.read_csv(path, made_by, "stress results", kinds)
     if not rows or rows[0]["checkpoint"] != (utils.checkpoint_id(run.folder) or ""):
         warn(f"{path} belongs to another best.pt and is left out; run {made_by}")
@@ -942,7 +958,7 @@ def read_stress(run):
     shape = (len(CONDITIONS), len(index))
     preds = read_array(run.folder / "stress_preds.npy", shape, "u", made_by, "stress results")
     confidence = read_array(run.folder / "stress_confidence.npy", shape, "f", made_by, "stress results")
-    about = rows[0]["source"], rows[0]["checkpoint"], rows[-1]["victim"]  # the last condition is a transfer
+    about = rows[0]["source"], rows[0]["checkpoint"], rows[-1]["surrogate"]  # the last condition is a transfer
     return Stress(index, run.labels[index], preds, confidence, *about)
 
 
@@ -1001,8 +1017,8 @@ LEGEND = """\
 precision, recall, F1: macro. super: right superclass. conf.err: wrong with a
 confidence above 0.90, of all images. gap: mean confidence - accuracy. floor:
 ECE of a perfectly calibrated model. AURC: mean error rate over all coverages.
-AUROC: of confidence, for errors. T: the same with logits / T, where T fits the
-validation images."""
+AUROC: a right image is more confident than a wrong one. T: the same with
+logits / T, where T fits the validation images."""
 
 
 def print_details(run, names):
@@ -1175,7 +1191,7 @@ def write_run(run, args):
             draw(path, run, names, title)
 
 
-# ---- pictures of a study --------------------------------------------------------------------------------
+# ---- pictures of a comparison ---------------------------------------------------------------------------
 
 WORD_COLORS = {"supported": utils.BLUE, "contradicted": utils.VERMILION, "not decided": utils.GRAY}
 
@@ -1304,7 +1320,7 @@ def parse_args(argv):
 
 
 def update_logits(folders, args):
-    """Compute the logits that are missing or not those of best.pt. Returns the device, None if none is needed."""
+    """Compute the logits that are missing or outdated. Returns the device, None if none is needed."""
     stale = []
     for run_dir, config in folders:
         place = run_dir, *utils.dataset_of(run_dir, config, args)
@@ -1344,33 +1360,34 @@ def report_scores(runs, arms, args):
         print_details(runs[0], class_names(dataset))
 
 
-def report_claims(study, args):
-    """Print the verdict on a study; write verdict.json, verdict.png and stress.png of the first changed run."""
-    first, folder = study.baselines[0], study.arms[-1][0].folder
+def report_claims(recipes, args):
+    """Print the verdict on two recipes; write verdict.json, verdict.png and stress.png of the first changed run."""
+    first, folder = recipes.baselines[0], recipes.arms[-1][0].folder
     dataset = first.config["dataset"]
-    what = f"What the study says of one recipe, {first.name}"
-    if study.changed:
-        before, after = utils.recipe(first.config), utils.recipe(study.changed[0].config)
+    what, keys, before = f"What the study says of one recipe, {first.name}", [], utils.recipe(first.config)
+    if recipes.changed:
+        after = utils.recipe(recipes.changed[0].config)
         keys = [key for key in before | after if before.get(key) != after.get(key)]
         changes = [f"{key} {after.get(key)} (was {before.get(key)})" for key in keys]
         what = f"What changes with {', '.join(changes)}"
-    seeds = " against ".join(", ".join(str(run.seed) for run in arm) for arm in study.arms)
+    seeds = " against ".join(", ".join(str(run.seed) for run in arm) for arm in recipes.arms)
     print("\n" + textwrap.fill(f"{what}; seeds {seeds}", 79))
-    rows = judge(study, dataset == "synthetic")
+    rows = judge(recipes, dataset == "synthetic")
     print_verdict(rows, args.markdown)
-    content = {"baselines": [run.name for run in study.baselines], "changed": [run.name for run in study.changed]}
+    content = {"baselines": [run.name for run in recipes.baselines], "changed": [run.name for run in recipes.changed]}
     content |= {"dataset": dataset, "claims": []}
     for claim, estimate, ends, word in rows:
         row = {"claim": claim.text, "figure": estimate.figure, "ci95": ends, "word": word}
         content["claims"].append(row | {"control": estimate.control, "control_value": estimate.control_value})
     new = utils.write_json(folder / "verdict.json", content)
     if new or not (folder / "verdict.png").exists():
-        epochs = first.config["args"].get("epochs")
-        title = f"{what}: do the claims hold? {TITLES[dataset]}, {epochs} epochs, seeds {seeds}"
+        common = {"model": MODELS[before["model"]], "epochs": f"{before.get('epochs')} epochs"}
+        about = [TITLES[dataset], *(text for key, text in common.items() if key not in keys), f"seeds {seeds}"]
+        title = f"{what}: do the claims hold? {', '.join(about)}"
         draw_verdict(folder / "verdict.png", rows, title)
     print(f"wrote verdict.json and verdict.png to {folder}")
-    stressed = [arm for arm in study.arms if all(run.stress for run in arm)]
-    if stressed and (args.stress or not (folder / "stress.png").exists()):
+    stressed = [arm for arm in recipes.arms if all(run.stress for run in arm)]
+    if stressed and (args.stress or new or not (folder / "stress.png").exists()):
         source = stressed[0][0].stress.source
         draw_stress(folder / "stress.png", stressed, f"{TITLES[dataset]} under stress, {source}")
 
@@ -1406,7 +1423,7 @@ def main(argv=None):
 
     # claims: every other recipe against the first one
     for changed in arms[1:] or [[]]:
-        report_claims(Study(arms[0], changed, weights), args)
+        report_claims(Recipes(arms[0], changed, weights), args)
     others = [utils.quote(run.folder) for run in [arm[0] for arm in arms[1:]] + arms[0][1:]]
     compare = f" --compare {' '.join(others)}" if others else ""
     print(f"next: python failures.py {utils.quote(runs[0].folder)}{compare}")

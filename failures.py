@@ -7,9 +7,9 @@ Reads the logits that evaluate.py saved. Writes into the first run directory
 failures.csv (a row per test image that is wrong with confidence above 0.90,
 the most confident first; gradcam.py reads it) and failures.png.
 
-Failures picked for their confidence in one run look better in any other run.
-So add a control to --compare, a run of the same recipe under another seed:
-what happens to the failures there is not the effect of a change.
+Failures picked for their confidence in one run look better in any other run
+(regression to the mean). So add a control to --compare, a run of the same
+recipe under another seed: what happens there is not the effect of a change.
 
 Columns of failures.csv for each run of --compare, after its folder's name:
 _outcome (repaired, same wrong class, new wrong class), _predicted,
@@ -79,7 +79,7 @@ def over_seeds(outcomes):
     """One of SEEDS, from a failure's outcomes in the control runs."""
     if set(outcomes) == {"same wrong class"}:
         return "all seeds"
-    return "this seed only" if set(outcomes) == {"repaired"} else "some seeds"
+    return "some seeds" if "same wrong class" in outcomes else "this seed only"
 
 
 def make_rows(run, others, controls, failures, chosen, names):
@@ -143,8 +143,8 @@ def print_fate(run, other, controls, failures, rows, threshold):
     smoothing = other.config["args"].get("smoothing") or 0
     ceiling = 1 - smoothing + smoothing / 100  # the target of the true class, one of 100
     if smoothing and threshold > ceiling - 0.05:
-        taught = f"smoothing {smoothing} teaches a confidence of {ceiling:.3f} at most"
-        say(f"({taught}, so having fewer failures above {threshold} proves nothing)")
+        target = f"smoothing {smoothing} has no target above {ceiling:.3f}"
+        say(f"({target}, so having fewer failures above {threshold} proves nothing)")
     covered = int((run.confidence > threshold).sum())
     mistakes = f"{run.mistakes_among(covered):,} -> {other.mistakes_among(covered):,}"
     say(f"wrong among the {covered:,} most confident images of each run: {mistakes}")
@@ -153,10 +153,10 @@ def print_fate(run, other, controls, failures, rows, threshold):
 def draw(path, images, rows, title, other):
     """The representative failures, then, on a new row, the most confident others.
 
-    images: (N, 32, 32, 3) uint8. other: the name of a run whose predictions are shown, too, or None.
+    images: (N, 32, 32, 3) uint8. other: the name of a run whose predictions are shown as well, or None.
     """
     title += "\norange: representative, evenly spread over the ranks; black: the most confident others"
-    title += f"\nthere: what {other} predicts" if other else ""
+    title += f"\nother: what {other} predicts" if other else ""
     chosen = [row for row in rows if row["representative"]]
     others = [row for row in rows if not row["representative"]][:SHOWN]
     cells = chosen + [None] * (-len(chosen) % 6) + others  # six in a row
@@ -170,7 +170,7 @@ def draw(path, images, rows, title, other):
         lines = [f"true: {row['true']}", f"predicted: {row['predicted']}"]
         lines += [f"{100 * row['confidence']:.1f} %, image {row['index']}"]
         if other:
-            lines += [f"there: {row[other + '_predicted']} {100 * row[other + '_confidence']:.0f} %"]
+            lines += [f"other: {row[other + '_predicted']} {100 * row[other + '_confidence']:.0f} %"]
         color = utils.VERMILION if row["representative"] else "black"
         axes.imshow(images[row["index"]], interpolation="nearest")
         axes.set_title("\n".join(lines), fontsize=10, color=color)
@@ -181,8 +181,8 @@ def draw(path, images, rows, title, other):
 def parse_args(argv):
     parser = utils.ArgumentParser(__file__, __doc__)
     add = parser.add_argument
-    add("run", metavar="RUN", help="run directory that evaluate.py has been through")
-    add("--compare", nargs="+", default=[], metavar="DIR", help="other runs: what do they predict there?")
+    add("run", metavar="RUN", help="run directory that evaluate.py has scored")
+    add("--compare", nargs="+", default=[], metavar="DIR", help="other runs: what do they predict on these images?")
     add("--threshold", type=float, default=0.9, help="confidence above which a mistake counts")
     add("--top", type=int, default=3, metavar="N", help="how many representative failures to choose")
     utils.add_common_flags(parser)
@@ -192,7 +192,7 @@ def parse_args(argv):
     if not 1 <= args.top <= 24:
         parser.error(f"--top {args.top} must be in 1..24")
     if args.device != "auto":
-        utils.select_device(args.device)  # nothing runs there; a wrong one is wrong all the same
+        utils.select_device(args.device)  # not used here; a wrong name is an error all the same
     return args
 
 
@@ -232,7 +232,7 @@ def main(argv=None):
     say(f"{run.name}: {len(rows):,} {what} (wrong in all: {wrong})", "")
     picture = run.folder / "failures.png"
     if utils.write_csv(run.folder / "failures.csv", rows, None if rows else COLUMNS):
-        picture.unlink(missing_ok=True)  # it shows the failures of before
+        picture.unlink(missing_ok=True)  # it shows the old failures
     data_flag = f" --data-dir {utils.quote(args.data_dir)}" if args.data_dir else ""
     if not rows:
         print(f"nothing to show; wrote an empty failures.csv to {run.folder}")

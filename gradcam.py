@@ -1,4 +1,4 @@
-"""Show what a trained network looks at: Grad-CAM maps, and what hiding costs.
+"""Show what a trained network looks at: Grad-CAM maps, and occlusion tests.
 
     python gradcam.py runs/baseline                    # its confident failures
     python gradcam.py runs/baseline --index 3 141      # images of the test set
@@ -13,8 +13,8 @@ Writes into the run directory:
                    that matches it in class and confidence. border_drop,
                    centre_drop: the probability of the predicted class that is
                    lost if that part is hidden. insertion_deletion: how well
-                   the map ranks the pixels; _shuffled, _other: how well its
-                   cells, shuffled, and the map of another image do
+                   the map ranks the pixels (RISE); _shuffled, _other: the
+                   same for its cells shuffled, and for another image's map
     gradcam-photo.png  with --image photo.png, and nothing else
 
 In a notebook:
@@ -106,7 +106,7 @@ def grad_cam(model, images, targets, layer="layer4"):
 def check_arguments(model, images, targets, layer):
     """The module that layer is or names; ValueError for what grad_cam cannot work with.
 
-    Values in 0..1 go unnoticed: normalised images of low contrast have them too.
+    Images in 0..1 that were not normalised pass: normalised ones of low contrast look alike.
     """
     shaped = isinstance(images, torch.Tensor) and images.ndim == 4 and images.shape[1] == 3
     if not shaped or not images.is_floating_point() or (images.abs() > 10).any():
@@ -189,7 +189,7 @@ def sanity_in_words(sanity):
         text += "Necessary, not sufficient."
     else:
         text = "The maps do not change enough when the class or the weights are randomised\n"
-        text += "(|rho| > 0.5): their share in the border and their ranking support no claim."
+        text += "(|rho| > 0.5 or undefined): border share and ranking support no claim."
     sizes = ", ".join(f"{name.replace('_', ' ')} {rho:.2f}" for name, rho in sanity.items())
     return f"{text}\n  mean |rho|: {sizes}"
 
@@ -205,9 +205,9 @@ def probability(model, images, classes):
 
 
 def occlusion_drops(model, images, classes, intact):
-    """How much the probability falls from intact (N,) without the border, and without the centre: two (N,).
+    """Drops of the probability from intact (N,) with the border, and with the centre, occluded: two (N,).
 
-    Without: replaced by the mean colour, 0 in normalised images (N, 3, 32, 32). The border is the outermost 4
+    Occluded: replaced by the mean colour, 0 in normalised images (N, 3, 32, 32). The border is the outermost 4
     pixels, 448 in all; the centre, the control, a square of 21x21 = 441.
     """
     border = torch.ones(32, 32, dtype=torch.bool, device=images.device)
@@ -251,16 +251,16 @@ def attention_figures(model, images, classes, layer):
     """FIGURES for images (N, 32, 32, 3) uint8, by the maps for their classes (N,): {name: (N,) float64}.
 
     The controls of insertion_deletion: the same map with its cells shuffled, which keeps it as smooth
-    (scattered pixels would destroy any picture faster), and the map of another image, which keeps the habit
-    of looking at the centre.
+    (scattered pixels would destroy any picture faster), and the map of another image, which keeps the
+    centre bias.
     """
     device, rng = next(model.parameters()).device, torch.Generator().manual_seed(0)
     maps = make_maps(model, images, classes, layer)
     cells = torch.rand(len(maps), maps[0].numel(), generator=rng).argsort(1)
     shuffled = maps.flatten(1).gather(1, cells).view_as(maps)
-    circle = torch.randperm(len(maps), generator=rng)
+    cycle = torch.randperm(len(maps), generator=rng)
     others = torch.empty_like(maps)
-    others[circle] = maps[circle.roll(1)]  # the map of the neighbour in a random circle: never one's own
+    others[cycle] = maps[cycle.roll(1)]  # the neighbour's in a random cycle: never its own
     found = []
     for part in utils.track([slice(i, i + BATCH) for i in range(0, len(images), BATCH)], "attention, batch"):
         batch, target = normalize(images[part].to(device)), classes[part]
@@ -312,7 +312,7 @@ def measure_attention(model, layer, failures, test_set, logits, names, checkpoin
     return [dict(zip(columns, values)) for values in zip(*columns.values())]
 
 
-def attention_of_before(path, failures, checkpoint):
+def saved_attention(path, failures, checkpoint):
     """The rows of attention.csv, or None if they belong to another best.pt or to other failures (n,)."""
     columns = {"pair": int, "group": str, "index": int, "predicted": str, "checkpoint": str}
     columns |= {name: lambda text: float(text or "nan") for name in ["confidence", *FIGURES]}
@@ -345,8 +345,8 @@ def points(rows):
         "gap between these two": centre - border,
         "images that lose more at the border": 100.0 * (border > centre),
         "insertion - deletion": area,
-        "  above that of its cells shuffled": area - value["insertion_deletion_shuffled"],
-        "  above that of another image's map": area - value["insertion_deletion_other"],
+        "  minus that of its cells shuffled": area - value["insertion_deletion_shuffled"],
+        "  minus that of another image's map": area - value["insertion_deletion_other"],
     }
 
 
@@ -364,7 +364,7 @@ def attention_table(rows):
         lines.append(f"{name:<36} {a:8.1f} {b:8.1f} {difference:+7.1f}{interval}")
     alike = sum(first["predicted"] == second["predicted"] for first, second in pairs)
     apart = np.mean([abs(first["confidence"] - second["confidence"]) for first, second in pairs] or [np.nan])
-    lines.append(f"{len(pairs)} pairs, {alike} of one predicted class, confidence {apart:.3f} apart")
+    lines.append(f"{len(pairs)} pairs, {alike} of one predicted class, mean confidence gap {apart:.3f}")
     if len(pairs) < FEWEST:
         lines.append(f"Fewer than {FEWEST} pairs give no interval.")
     return "\n".join(lines)
@@ -380,7 +380,10 @@ def read_image(path):
             warnings.simplefilter("error", Image.DecompressionBombWarning)  # above 89 million pixels
             with Image.open(path) as file:
                 image, frames = ImageOps.exif_transpose(file), getattr(file, "n_frames", 1)
+                turned = file.getexif().get(0x0112, 1) != 1  # its orientation
         words = f"{image.mode} {image.width}x{image.height}"
+        if turned:
+            words += ", turned upright by its EXIF tag"
         if frames > 1:
             words += f", first of {frames} frames"
         if image.mode.startswith(("I", "F")):  # 16-bit gray: convert() would clip it all to white
@@ -408,7 +411,11 @@ def predict_image(model, path, names=CLASS_NAMES):
 
     names: of the 100 classes, by label. Raises ScriptError for a file that is no readable picture.
     """
-    pixels, _ = read_image(path)
+    return likeliest(model, read_image(path)[0], names)
+
+
+def likeliest(model, pixels, names):
+    """As predict_image, for an image (32, 32, 3) uint8."""
     top = probabilities(model, torch.from_numpy(pixels)[None])[0].topk(5)
     return [(names[label], p) for p, label in zip(top.values.tolist(), top.indices.tolist())]
 
@@ -588,7 +595,7 @@ def draw(subject, images, labels, captions, what, name):
 def explain_file(subject, path):
     """--image: print and return the five likeliest classes, and draw the maps."""
     pixels, words = read_image(path)
-    top = predict_image(subject.model, path, subject.names)
+    top = likeliest(subject.model, pixels, subject.names)
     print(textwrap.fill(f"{path.name}: {words}", 79))
     for name, p in top:
         print(f"  {100 * p:5.1f} %  {name}")
@@ -632,7 +639,7 @@ def report_attention(subject, failures, test_set, checkpoint):
     """Measure attention.csv, unless it fits these failures (n,); print what it says and the sanity checks."""
     model, trained = subject.model, subject.trained
     path, layer = subject.run_dir / "attention.csv", ATTENTION_LAYER[trained["model"]]
-    rows = attention_of_before(path, failures, checkpoint)
+    rows = saved_attention(path, failures, checkpoint)
     if rows:
         print(f"\nattention at {layer} as measured before (to repeat it, delete attention.csv)")
     else:
@@ -652,7 +659,7 @@ def report_attention(subject, failures, test_set, checkpoint):
     images = test_set[0][some]
     sanity = sanity_checks(model, untrained, images, probabilities(model, images).argmax(1), layer)
     print(sanity_in_words(sanity))
-    print("Border is not background, and no training image had a part hidden.")
+    print("Border is not background, and occluded images are unlike the training images.")
 
 
 def main(argv=None):

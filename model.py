@@ -85,7 +85,7 @@ class ResNet(nn.Module):
 
 
 def stage(blocks, in_channels, channels, stride):
-    """The first block changes the size and the channels, the others keep them."""
+    """Only the first block may change the size and the channels."""
     first = BasicBlock(in_channels, channels, stride)
     return nn.Sequential(first, *(BasicBlock(channels, channels, 1) for _ in range(blocks - 1)))
 

@@ -1190,30 +1190,30 @@ def simulated_runs(labels, seeds, rng, images=0, better=0.0, sharper=1.0, kin=0.
     return runs
 
 
-def study_of(baselines, changed):
+def recipes_of(baselines, changed):
     weights = evaluate.resample(baselines[0].labels)[:200]
     for run in baselines + changed:
         run.measure(weights)
-    return evaluate.Study(baselines, changed, weights)
+    return evaluate.Recipes(baselines, changed, weights)
 
 
-def verdict_of(study, **options):
-    with replaced(evaluate, "RESAMPLES", len(study.weights)):
-        rows, _ = quietly(functools.partial(evaluate.judge, study, **options))
+def verdict_of(recipes, **options):
+    with replaced(evaluate, "RESAMPLES", len(recipes.weights)):
+        rows, _ = quietly(functools.partial(evaluate.judge, recipes, **options))
     return {claim.text: (estimate, ends, word) for claim, estimate, ends, word in rows}
 
 
 def test_verdict_is_right_on_simulated_runs():
     labels, rng = np.arange(1000) % 100, np.random.default_rng(0)
-    null = verdict_of(study_of(simulated_runs(labels, (1, 2), rng), simulated_runs(labels, (1, 2), rng)))
+    null = verdict_of(recipes_of(simulated_runs(labels, (1, 2), rng), simulated_runs(labels, (1, 2), rng)))
     one_sided = [text for text in null if text not in ("errors stay inside superclasses", "small animals do worst")]
     assert sum(null[text][2] == "supported" for text in one_sided) <= 1, null
     base = simulated_runs(labels, (1, 2, 3), rng, kin=2.0, sharper=2.0)
-    blunt = verdict_of(study_of(base, simulated_runs(labels, (1, 2, 3), rng, kin=2.0, sharper=1.4)))
+    blunt = verdict_of(recipes_of(base, simulated_runs(labels, (1, 2, 3), rng, kin=2.0, sharper=1.4)))
     for text in ("earlier failures less confident", "over-confidence falls", "errors stay inside superclasses"):
         assert blunt[text][2] == "supported", (text, blunt[text])
     assert blunt["the same, temperature-scaled"][2] == "not decided"  # only the scale has changed
-    worse = verdict_of(study_of(base, simulated_runs(labels, (1, 2, 3), rng, kin=2.0, sharper=2.0, better=-1.0)))
+    worse = verdict_of(recipes_of(base, simulated_runs(labels, (1, 2, 3), rng, kin=2.0, sharper=2.0, better=-1.0)))
     assert worse["accuracy stays within 1 point"][2] == "contradicted" == worse["generalizes better (NLL, scaled)"][2]
 
 
@@ -1247,7 +1247,7 @@ def test_verdict_intervals_cover_images_and_seeds():
 def test_verdict_figures_by_hand():
     labels, rng = np.arange(1000) % 100, np.random.default_rng(0)
     base, other = simulated_runs(labels, (1, 2), rng, sharper=1.5), simulated_runs(labels, (1, 3), rng, sharper=1.0)
-    rows = verdict_of(study_of(base, other))
+    rows = verdict_of(recipes_of(base, other))
 
     def on(run, picker):
         return run.raw.confidence[picker.raw.failures].mean()
@@ -1272,18 +1272,46 @@ def test_verdict_figures_by_hand():
         assert math.isclose(rows[text][0].figure, after - before, rel_tol=1e-6), text
 
 
+def test_verdict_on_failures_of_equal_seeds_is_a_paired_t_test():
+    """With seeds 1 and 2 in both recipes, one run of each is compared on either set: two differences, one degree."""
+    labels, rng, caught = np.arange(1000) % 100, np.random.default_rng(0), []
+    base, other = simulated_runs(labels, (1, 2), rng, sharper=1.5), simulated_runs(labels, (1, 2), rng, sharper=1.0)
+    recipes, with_noise = recipes_of(base, other), evaluate.with_noise
+    with replaced(evaluate, "with_noise", lambda *args: caught.append(args) or with_noise(*args)):
+        evaluate.confidence_on_failures(recipes, "raw")
+    (figure, _, image_noise, error, degrees) = caught[0]
+    on, means = [], evaluate.weighted_mean  # the two differences, then in the resamples
+    for picker, k in ((base[0], 1), (base[1], 0)):
+        picked = picker.raw.failures
+        difference = (other[k].raw.confidence - base[k].raw.confidence)[picked]
+        on.append(np.array([difference.mean(), *means(difference, recipes.weights[:, picked])]))
+    standard_error = np.std([values[0] for values in on], ddof=1) / math.sqrt(2)
+    assert np.allclose([figure, error, degrees], [np.mean(on, 0)[0], standard_error, 1])
+    assert math.isclose(image_noise, np.var((on[0] - on[1])[1:] / 2), rel_tol=1e-6)
+
+
+def test_verdict_names_what_follows_by_construction():
+    for before, after, expected in ((0, 0.1, True), (0.1, 0.2, True), (0, 0.01, False), (0.1, 0.1, False)):
+        arms = [[run_of(*random_case(200), smoothing=a)] for a in (before, after)]
+        control = evaluate.confident_errors_fall(recipes_of(*arms)).control
+        assert ("highest target" in control) == expected, (before, after, control)
+
+
 def test_verdict_needs_two_runs_of_each_recipe():
     labels, rng = np.arange(1000) % 100, np.random.default_rng(0)
     first, second = simulated_runs(labels, [1], rng, sharper=2.0), simulated_runs(labels, [1], rng, sharper=0.5)
-    rows = verdict_of(study_of(first, second))
+    rows = verdict_of(recipes_of(first, second))
     assert {word for _, _, word in rows.values()} == {"not decided"} and rows["over-confidence falls"][1]
     assert "seed" in rows["over-confidence falls"][0].note
     assert rows["earlier failures less confident"][0].figure is None  # only one seed
     mild = simulated_runs(labels, [1, 2], rng, sharper=0.2)  # nothing is above 0.90
-    assert "50 are needed" in verdict_of(study_of(mild, second))["fewer errors at equal coverage"][0].note
-    alone = verdict_of(study_of(mild, []))
+    both = first + mild[1:], simulated_runs(labels, [1, 2], rng, sharper=2.0)  # failures of seed 1 alone
+    estimate, ends, word = verdict_of(recipes_of(*both))["earlier failures less confident"]
+    assert ends and word == "not decided" and "two runs of each recipe" in estimate.note
+    assert "50 are needed" in verdict_of(recipes_of(mild, second))["fewer errors at equal coverage"][0].note
+    alone = verdict_of(recipes_of(mild, []))
     assert "accuracy stays within 1 point" not in alone and "errors stay inside superclasses" in alone
-    assert "small animals do worst" not in verdict_of(study_of(mild, []), synthetic=True)
+    assert "small animals do worst" not in verdict_of(recipes_of(mild, []), synthetic=True)
 
 
 def test_verdict_peaks_are_those_of_the_other_runs():
@@ -1294,15 +1322,15 @@ def test_verdict_peaks_are_those_of_the_other_runs():
         run.folder.mkdir()
         rows = [{"epoch": e, "val_acc": v / 10, "val_loss": -v / 10} for e, v in enumerate(curves[run.name], 1)]
         utils.write_csv(run.folder / "log.csv", rows)
-    study = evaluate.Study(runs, [], None)
+    recipes = evaluate.Recipes(runs, [], None)
     for column, sign in (("val_acc", 1), ("val_loss", -1)):
-        estimate = evaluate.worse_after_peak(column, sign, 0)(study)
+        estimate = evaluate.worse_after_peak(column, sign, 0)(recipes)
         # The others of a peak in epoch 1: 0.1 against 0.3. Those of b and c peak in 2: 0.1 against 0.2, and 0.1.
         assert math.isclose(estimate.figure, np.mean([-0.2, -0.1, 0.0])), estimate
         assert math.isclose(estimate.control_value, np.mean([1, 2, 2]))
-    for run in runs[:2]:
-        (run.folder / "log.csv").unlink()
-    estimate, printed = quietly(evaluate.worse_after_peak("val_acc", 1, 0), study)
+    (runs[0].folder / "log.csv").unlink()
+    (runs[1].folder / "log.csv").write_text("epoch,val_acc,val_loss\n")
+    estimate, printed = quietly(evaluate.worse_after_peak("val_acc", 1, 0), recipes)
     assert estimate.figure is None and "left out" in printed
 
 
@@ -1317,11 +1345,11 @@ def test_verdict_reads_attention_of_this_checkpoint_only():
         for group, border in (("failure", 0.5), ("matched", 0.5 if pair % 3 == 0 else 0.1)):
             row = {"pair": pair, "group": group, "index": index, "confidence": 0.95, "border_drop": border}
             rows.append(row | {"centre_drop": 0.3, "checkpoint": "abc"})
-    study, matched = study_of([run], []), np.mean(np.arange(len(picked)) % 3 == 0)
+    recipes, matched = recipes_of([run], []), np.mean(np.arange(len(picked)) % 3 == 0)
     other = [row | {"checkpoint": "abd"} for row in rows]
     for content, word in ((other, "another best.pt"), (rows[:-2], "does not have all failures"), (rows, "")):
         utils.write_csv(run.folder / "attention.csv", content)
-        estimate, printed = quietly(evaluate.attention_on_border, study)
+        estimate, printed = quietly(evaluate.attention_on_border, recipes)
         assert word in printed and (estimate.figure is None) == bool(word), printed
     assert math.isclose(estimate.figure, 1 - matched) and math.isclose(estimate.control_value, matched)
     assert "one baseline" in estimate.note
@@ -1404,13 +1432,17 @@ def test_chain_stress():
         assert "stress, in %" in without_drawing(evaluate.main, *runs)[1]
     claims = {claim["claim"]: claim["figure"] for claim in json_of(runs[1] / "verdict.json")["claims"]}
     assert claims["more accurate under corruption"] is not None
-    text, victim = listed.read_text(), utils.checkpoint_id(runs[0])
+    text, surrogate = listed.read_text(), utils.checkpoint_id(runs[0])
     listed.write_text(text.splitlines()[0] + "\n")  # cut short: left out, no traceback
     assert "left out" in without_drawing(evaluate.main, runs[1])[1]
-    listed.write_text(text.replace(victim, "0" * 64))  # made against another network
+    listed.write_text(text.replace(surrogate, "0" * 64))  # made against another network
+    without_drawing(evaluate.main, *runs)
+    claims = {claim["claim"]: claim for claim in json_of(runs[1] / "verdict.json")["claims"]}
+    under_attack = claims["more accurate under PGD at 1/255"]
+    assert under_attack["figure"] is not None and under_attack["control_value"] is None
     with replaced(evaluate, "corrupt", None):  # so only the transfer is measured again
         without_drawing(evaluate.main, *flags)
-    assert victim in text and listed.read_text() == text
+    assert surrogate in text and listed.read_text() == text
     refused(evaluate.main, [runs[0], "--stress", "--stress-images", "200"], 2, "100 images", "--refresh")
     shutil.copy(chain()[0][1] / "best.pt", runs[0] / "best.pt")
     assert "another best.pt" in without_drawing(evaluate.main, runs[0])[1]
@@ -1594,7 +1626,7 @@ def test_failures_in_other_runs_by_hand():
     """What two controls and a changed run make of ten failures; every number of the output by hand."""
     labels, preds, confidence = wrong_images()
     first, controls = run_from("hand/first"), []
-    for seed, repaired, elsewhere in ((43, [0, 1, 2], [3]), (44, [0, 1], [])):
+    for seed, repaired, elsewhere in ((43, [0, 1, 2], [3]), (44, [0, 1, 3], [])):
         there, now = preds.copy(), confidence.copy()
         there[repaired], there[elsewhere], now[:10] = labels[repaired], (labels[elsewhere] + 2) % 100, 0.5
         controls.append(run_from(f"hand/seed{seed}", logits_of(there, now), seed=seed))
@@ -1608,7 +1640,7 @@ def test_failures_in_other_runs_by_hand():
     for column, values in (
         ("index", list(range(10))),
         ("checkpoint", ["checkpoint of hand/first"] * 10),
-        ("over_seeds", ["this seed only"] * 2 + ["some seeds"] * 2 + ["all seeds"] * 6),
+        ("over_seeds", ["this seed only"] * 2 + ["some seeds", "this seed only"] + ["all seeds"] * 6),
         ("seed43_outcome", ["repaired"] * 3 + ["new wrong class"] + ["same wrong class"] * 6),
         ("changed_outcome", ["repaired"] * 5 + ["same wrong class"] * 5),
     ):
@@ -1625,13 +1657,13 @@ def test_failures_in_other_runs_by_hand():
         ("newly wrong: 5 of 100 images that first gets right above the threshold, 5.0 % [2.2, 11.2]", other),
         ("mean confidence: 94.5 % -> 40.0 %; in the control runs 94.5 % -> 50.0 %", other),
         ("confident failures of its own: 5, 0 of them the same images", other),
-        ("smoothing 0.1 teaches a confidence of 0.901 at most", other),
+        ("smoothing 0.1 has no target above 0.901", other),
         ("wrong among the 110 most confident images of each run: 10 -> 5", other),  # each by its own confidence
-        ("same mistake in all seeds: 6, some seeds: 2, this seed only: 2", printed),
+        ("same mistake in all seeds: 6, some seeds: 1, this seed only: 3", printed),
     ):
         assert text in part, (text, printed)
     assert "smoothing 0" not in control.split("changed")[0] and "copy (control)" not in printed
-    assert "teaches" not in find(first, "--threshold", "0.8", "--compare", changed)[1]  # far below the ceiling
+    assert "no target" not in find(first, "--threshold", "0.8", "--compare", changed)[1]  # far below the ceiling
 
 
 def test_failures_nothing_to_show_is_no_error():
@@ -1679,7 +1711,7 @@ def test_failures_picture():
     assert len(shown) == 9 and figure.axes.index(shown[3]) == 6  # the others begin on a new row
     for axes, row in zip(shown, sorted(rows, key=lambda row: -row["representative"])):
         assert (axes.images[0].get_array() == images[row["index"]]).all() and axes.title.get_fontsize() >= 9
-        for word in (row["true"], row["predicted"], f"image {row['index']}", f"there: {row['two_predicted']}"):
+        for word in (row["true"], row["predicted"], f"image {row['index']}", f"other: {row['two_predicted']}"):
             assert word in axes.get_title()
 
 
@@ -1921,7 +1953,7 @@ def test_gradcam_reads_any_image():
     for name, image, options, words in (
         ("rgb.png", rgb, {}, "RGB 60x40;"), ("gray.png", rgb.convert("L"), {}, "L 60x40;"),
         ("palette.gif", rgb.convert("P"), {}, "P 60x40;"), ("cmyk.jpg", rgb.convert("CMYK"), {}, "CMYK 60x40;"),
-        ("rotated.jpg", rgb, {"exif": exif}, "RGB 40x60;"),  # upright
+        ("rotated.jpg", rgb, {"exif": exif}, "RGB 40x60, turned upright"),
         ("see-through.png", still, {"transparency": still.getpixel((0, 0))}, "P 32x32;"),
         ("clear.png", Image.new("RGBA", (32, 32), (255, 0, 0, 0)), {}, "RGBA 32x32;"),
         ("wide.png", wide, {}, "1000..60000"), ("dot.png", Image.new("RGB", (1, 1), (9, 9, 9)), {}, "RGB 1x1;"),
@@ -2076,9 +2108,9 @@ def test_chain_attention_is_measured_once_and_can_be_interrupted():
         (good[-100:], ""), (good, ""),
     ):  # fmt: skip
         path.write_text(good.replace(old, new))
-        assert gradcam.attention_of_before(path, failed, digest) is None, f"{old} -> {new} was taken for up to date"
+        assert gradcam.saved_attention(path, failed, digest) is None, f"{old} -> {new} was taken for up to date"
     path.write_text(good)
-    assert gradcam.attention_of_before(path, failed[:-1], digest) is None
+    assert gradcam.saved_attention(path, failed[:-1], digest) is None
 
     def interrupt(*args):
         raise KeyboardInterrupt
@@ -2209,7 +2241,7 @@ def test_bad_checkpoints():
     changes = (
         ({"epoch": Payload()}, "asks to run"), ({"format": 2}, "another version"), ({"model": {}}, "another network"),
         ({"args": args | {"width": 10**9}}, "width"), ({"args": args | {"dataset": "mnist"}}, "data set"),
-        ({"args": args | {"seed": -1}}, "odd seed"), ({"args": args | {"model": "vgg"}}, "vgg"),
+        ({"args": args | {"seed": -1}}, "bad seed"), ({"args": args | {"model": "vgg"}}, "vgg"),
         ({"model": {"fc.weight": 1}}, "no tensors"), ({"model": ten}, "fc.weight"),
         ({"model": state | {"conv1.weight": torch.zeros(4, 3, 7, 7)}}, "conv1.weight"),
         ({"model": state | {"fc.bias": state["fc.bias"] * math.nan}}, "NaN"),

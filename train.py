@@ -10,8 +10,8 @@ defaults, gets config.json, log.csv (a row an epoch), curves.png, last.pt (all
 that --resume needs) and best.pt (the weights of the best validation epoch,
 which evaluate.py and gradcam.py read). 10,000 of the 50,000 training images
 are held out for validation; the test set is not touched. On a CPU with the
-same number of threads, a resumed run ends with the same bits as one that was
-never stopped; --deterministic asks the same of a GPU.
+same number of threads, a resumed run is bit-identical to one that was never
+stopped; on a GPU that needs --deterministic.
 """
 
 import contextlib
@@ -51,17 +51,17 @@ def parse_args(argv):
     add("--batch-size", type=int, default=128, help="images per step")
     add("--lr", type=float, default=0.01, help="learning rate at the end of the warmup")
     add("--momentum", type=float, default=0.9, help="Nesterov momentum; beta1 of AdamW")
-    add("--weight-decay", type=float, default=5e-4, help="L2 penalty, on all parameters")
+    add("--weight-decay", type=float, default=5e-4, help="L2 penalty on all parameters; of AdamW, decoupled")
     add("--warmup-epochs", type=float, help="epochs of linear warmup (default: an eighth of the epochs)")
-    add("--patience", type=int, default=6, help="stop after so many epochs without a better one; 0: never")
-    add("--seed", type=int, default=42, help="of the split, first weights, order and augmentation")
+    add("--patience", type=int, default=6, help="early stopping: epochs without a better validation accuracy; 0: off")
+    add("--seed", type=int, default=42, help="of the split, initial weights, order and augmentation")
     add("--val-size", type=int, default=10_000, help="training images held out, equally many of each class")
     add("--width", type=int, default=64, help="channels of the first stage; 16 is several times faster")
     add("--limit", type=int, metavar="N", help="train on the first N training images only")
     precisions = ("auto", "bf16", "fp16", "off")
     add("--amp", choices=precisions, default="auto", help="mixed precision; auto: the fastest that is safe")
     add("--compile", action="store_true", help="torch.compile: starts later, and may be faster on a GPU")
-    add("--deterministic", action="store_true", help="the same bits in every run on a GPU, somewhat slower")
+    add("--deterministic", action="store_true", help="bit-identical runs on a GPU, somewhat slower")
     add("--mixup", type=float, default=0.0, metavar="ALPHA", help="MixUp, for instance 0.2; 0: off")
     add("--cutmix", type=float, default=0.0, metavar="ALPHA", help="CutMix; with --mixup: either, per batch")
     add("--model", choices=MODELS, default="resnet18", help="cct is trained by AdamW: lr 1e-3, decay 0.05")
@@ -100,7 +100,7 @@ def parse_args(argv):
 
 
 def check(parser, args):
-    """What argparse cannot see. With a negative or NaN smoothing, for one, torch trains without any."""
+    """What argparse cannot check. torch ignores a negative or NaN smoothing, for one."""
     train_size = 50_000 - args.val_size
     images = train_size if args.limit is None else args.limit
     warmup = args.warmup_epochs or 0
@@ -227,7 +227,7 @@ def load_last(run_dir, args):
 
 
 def restore(checkpoint, path, setup, model, optimizer, scaler):
-    """Put weights, momentum and scale of a last.pt back in place."""
+    """Restore weights, optimizer and GradScaler from a last.pt."""
     utils.load_weights(model, checkpoint["model"], path)
     try:
         for group in checkpoint["optimizer"]["param_groups"]:
@@ -329,7 +329,7 @@ def announce(run_dir, args, setup, sizes, reason):
 
 
 def train(args, device, precision, run_dir, checkpoint, history):
-    """Train until the last epoch or until it no longer helps; returns the content of last.pt.
+    """Train until the last epoch or early stopping; returns the content of last.pt.
 
     history: the rows of the epochs that last.pt holds; one is added whenever another epoch is saved.
     """
@@ -352,8 +352,8 @@ def train(args, device, precision, run_dir, checkpoint, history):
     mixed_precision = torch.autocast(device.type, dtype, enabled=dtype is not None)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
 
-    # The last, smaller batch of an epoch is left out: its few images would make a step as long as any other,
-    # on a noisier gradient. The order is another one in every epoch, so these are other images each time.
+    # The incomplete last batch is dropped: its step would be as long as any other, its gradient noisier. Each
+    # epoch is shuffled anew, so other images are left out.
     steps_per_epoch = len(train_images) // args.batch_size
     total_steps, warmup_steps = args.epochs * steps_per_epoch, round(args.warmup_epochs * steps_per_epoch)
     mixing = args.mixup > 0 or args.cutmix > 0
@@ -384,7 +384,7 @@ def train(args, device, precision, run_dir, checkpoint, history):
         begin = time.monotonic()
         order, offsets, flips = [part.to(device) for part in epoch_plan(args.seed, epoch, len(train_images))]
         mixes = mix_plan(args.seed, epoch, steps_per_epoch, args.mixup, args.cutmix) if mixing else None
-        loss_sum, hits = torch.zeros((2,), device=device)  # summed there: reading a number makes it wait
+        loss_sum, hits = torch.zeros((2,), device=device)  # summed there: .item() waits for the device
         model.train()
         for i in range(steps_per_epoch):
             # one step

@@ -62,7 +62,7 @@ class ArgumentParser(argparse.ArgumentParser):
     """argparse with a script's docstring and the defaults in --help, and without abbreviations.
 
     A mistake raises ScriptError instead of SystemExit, so that main([...]) in a notebook cell raises an
-    ordinary exception. Without arguments, main() takes none from the command line of the notebook's kernel.
+    ordinary exception. main() without arguments ignores the command line of the notebook's kernel.
     """
 
     def __init__(self, script, docstring):
@@ -89,7 +89,7 @@ def add_common_flags(parser, dataset=None):
 def run_script(main):
     """Run main() as a script does: one line on stderr instead of a traceback, and a telling exit status.
 
-    0: done. 2: a wrong argument or input file. 1: the world failed (network, disk, memory, divergence). 130:
+    0: done. 2: a wrong argument or input file. 1: network, disk, memory or divergence. 130:
     Ctrl-C. 143: SIGTERM. A bug in these scripts still shows its traceback.
     """
 
@@ -110,7 +110,7 @@ def run_script(main):
         sys.exit(141)
     except OSError as error:
         where, what = error.filename or "the system", error.strerror or error
-        message, code = f"{where}: {what}; nothing written is lost", 1
+        message, code = f"{where}: {what}; what was saved is intact", 1
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "alloc" not in str(error).lower():
             raise
@@ -149,14 +149,14 @@ def write_file(path, content):
         replace(partial, path)
         return True
     except OSError as error:
-        advice = "free some space or use another folder; the file of before is intact"
+        advice = "free some space or use another folder; the old file is intact"
         raise ScriptError(f"cannot write {path} ({error.strerror or error}); {advice}", code=1) from None
     finally:
         partial.unlink(missing_ok=True)
 
 
 def replace(source, target):
-    """os.replace, for two seconds patient with Windows, where it fails on a file that Excel has open."""
+    """os.replace, retried for two seconds on Windows, where it fails on a file that Excel has open."""
     for attempt in range(20):
         try:
             return os.replace(source, target)
@@ -249,7 +249,7 @@ def read_json(path, made_by, what="a JSON object", **kinds):
         found = json.loads(content)
         require(isinstance(found, dict), "no JSON object")
         for key, kind in kinds.items():
-            require(isinstance(found.get(key), kind), f"without a {kind.__name__} {key}")
+            require(isinstance(found.get(key), kind), f"it lacks the {kind.__name__} {key}")
         return found
 
     return read(path, parse, what, made_by)
@@ -261,7 +261,7 @@ def read_csv(path, made_by, what, columns):
     def parse(content):
         reader = csv.DictReader(io.StringIO(content.decode()))
         missing = columns.keys() - set(reader.fieldnames or ())
-        require(not missing, f"without {', '.join(sorted(missing))}")
+        require(not missing, f"it lacks {', '.join(sorted(missing))}")
         rows = list(reader)
         whole = all(None not in row and None not in row.values() for row in rows)
         require(whole, "a row is cut short or too long")
@@ -341,7 +341,7 @@ def load_checkpoint(path):
         require(args["model"] in MODELS, f"no model {args['model']!r} here")
         sizes = {"width": range(1, 1025), "seed": range(2**32), "val_size": range(50_000)}
         for key, allowed in sizes.items():
-            require(type(args[key]) is int and args[key] in allowed, f"odd {key}")
+            require(type(args[key]) is int and args[key] in allowed, f"bad {key}")
         require(all(isinstance(tensor, torch.Tensor) for tensor in tensors), "weights are no tensors")
         return checkpoint
 
@@ -535,7 +535,7 @@ def macro_scores(confusion):
 
 
 def macro_scores_from_counts(hits, true_counts, predicted_counts):
-    """macro_scores from (..., C) counts: right ones, images of the class, predictions of the class."""
+    """macro_scores from (..., C) counts: correct predictions, images, and predictions of each class."""
 
     def mean_ratio(a, b):
         return np.divide(a, b, out=np.zeros(np.broadcast(a, b).shape), where=b > 0).mean(-1)
@@ -571,7 +571,7 @@ def wilson_interval(hits, n):
 
 
 class Progress:
-    """A line on how far it is: redrawn twice a second on a terminal, printed every 30 s in a file or pipe."""
+    """A progress line: redrawn twice a second on a terminal, printed every 30 s in a file or pipe."""
 
     def __init__(self):
         self.redraw = sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
@@ -590,7 +590,7 @@ class Progress:
             print(text, flush=True)
 
     def clear(self):
-        """Make room for a line that stays."""
+        """Erase the progress line."""
         if self.redraw:
             print("\r" + " " * (shutil.get_terminal_size().columns - 1) + "\r", end="")
 

@@ -17,7 +17,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import evaluate  # noqa: E402
-from test_smoke import simulated_runs, study_of, verdict_of  # noqa: E402
+from test_smoke import simulated_runs, recipes_of, verdict_of  # noqa: E402
 
 LABELS = np.arange(5000) % 100
 ACCURACY = "accuracy stays within 1 point"
@@ -30,7 +30,7 @@ def studies(count, seeds, **change):
         rng = np.random.default_rng([number, len(seeds)])
         baselines = simulated_runs(LABELS, seeds, rng, images=number)
         changed = simulated_runs(LABELS, seeds, rng, images=number, **change)
-        yield verdict_of(study_of(baselines, changed))
+        yield verdict_of(recipes_of(baselines, changed))
 
 
 def coverage(count, seeds):
