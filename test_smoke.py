@@ -1175,15 +1175,18 @@ def test_metrics_ensemble_by_hand():
 # ---- the verdict ---------------------------------------------------------------------------------------------------
 
 
-def simulated_runs(labels, seeds, rng, images=0, better=0.0, sharper=1.0, kin=0.0):
-    """Runs of one recipe on the test images of number `images`; better raises the true logit, sharper scales all."""
+def simulated_runs(labels, seeds, rng, images=0, better=0.0, sharper=1.0, kin=0.0, apart=0.03):
+    """Runs of one recipe on the test images of number `images`; better raises the true logit, sharper scales all.
+
+    apart: standard deviation between seeds of the logits' log-scale.
+    """
     hot = np.arange(100) == labels[:, None]
     relatives = (data.SUPERCLASS_OF == data.SUPERCLASS_OF[labels][:, None]) & ~hot
     shown = np.random.default_rng([images, len(labels)])
     ease, shared = shown.normal(scale=1.2, size=(len(labels), 1)), shown.normal(scale=0.8, size=(len(labels), 100))
     runs = []
     for seed in seeds:
-        signal, scale = 3.6 + better + 0.04 * rng.normal(), 3.0 * sharper * math.exp(0.03 * rng.normal())
+        signal, scale = 3.6 + better + 0.04 * rng.normal(), 3.0 * sharper * math.exp(apart * rng.normal())
         noise = rng.normal(scale=0.6, size=(len(labels), 100))
         logits = scale * ((signal + ease) * hot + kin * relatives + shared + noise)
         runs.append(run_of(logits, labels, seed, f"{better} {sharper} {seed}", temperature=2 * sharper))
