@@ -4,9 +4,9 @@
     images, labels = load_cifar100("data", train=False)    # (10000, 32, 32, 3) uint8, (10000,) int64
     foggy = corrupt(images, "fog", severity=3)             # the same shape and dtype
 
-The whole training set is 154 MB of bytes, so it lives on the device as one tensor; there are no worker
-processes, and a batch is cropped, flipped and normalised where it is needed. Krizhevsky: Learning multiple
-layers of features from tiny images, 2009, https://www.cs.toronto.edu/~kriz/cifar.html.
+The whole training set is 154 MB of bytes, so it lives on the device; there are no worker processes, and a
+batch is cropped, flipped and normalised where it is needed. Krizhevsky: Learning multiple layers of features
+from tiny images, 2009, https://www.cs.toronto.edu/~kriz/cifar.html.
 
 To add a corruption: a line at the end of STRENGTHS, and a branch in _corrupted().
 """
@@ -16,7 +16,6 @@ import hashlib
 import http.client
 import io
 import math
-import os
 import pickle
 import tarfile
 import tempfile
@@ -30,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from utils import Progress, ScriptError, duration, lock, memory_format, require
+from utils import Progress, ScriptError, duration, lock, memory_format, replace, require
 
 NUM_CLASSES = 100
 ARCHIVE_URL = "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz"
@@ -97,9 +96,9 @@ def find_cifar100(data_dir):
     """The folder with train, test and meta: data_dir or its cifar-100-python; None if there is neither."""
     data_dir = Path(data_dir).expanduser().resolve()
     folder = data_dir / "cifar-100-python"
-    if any((data_dir / name).is_file() for name in FILES_MD5):
-        return data_dir
-    return folder if folder.exists() else None
+    if folder.exists():
+        return folder
+    return data_dir if any((data_dir / name).is_file() for name in FILES_MD5) else None
 
 
 def load_cifar100(data_dir="data", train=True, url=None):
@@ -146,7 +145,7 @@ def download(data_dir, url):
                 unpacked.mkdir()
                 for name in FILES_MD5:  # nothing else, and to no path that the archive names
                     (unpacked / name).write_bytes(archive.extractfile(f"cifar-100-python/{name}").read())
-                os.replace(unpacked, folder)
+                replace(unpacked, folder)
     except OSError as error:
         reason = f"there is no cifar-100-python in {data_dir}, and none can be written to it ({error})"
         raise ScriptError(f"{reason}; use another --data-dir", code=1) from None

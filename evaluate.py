@@ -432,11 +432,12 @@ def with_noise(figure, draws, image_noise, error, degrees, seed=0):
 
     draws: (RESAMPLES,) over images. error: standard error over training runs, with a Student t of so many
     degrees of freedom; without a degree the draws are over images alone. The variance of the result is that
-    of the draws, minus the image_noise that the error contains as well, plus that of the t.
+    of the draws, minus the image_noise that the error contains as well, plus that of the t. Where runs agree
+    by chance, the error is smaller than that noise, and no more than the error is taken out.
     """
     centred = draws - draws.mean()
     variance = centred.var()
-    shrink = math.sqrt(max(0.0, 1 - image_noise / variance)) if variance else 1.0
+    shrink = math.sqrt(max(0.0, 1 - min(image_noise, error**2) / variance)) if variance else 1.0
     noisy = figure + shrink * np.tile(centred, 20)  # each with 20 draws of the t
     return noisy + error * np.random.default_rng(seed).standard_t(degrees, len(noisy)) if degrees else noisy
 
@@ -574,7 +575,7 @@ def attention_on_border(recipes):
     pairs, shares = [], []
     for run in recipes.baselines:
         failures, matched = read_attention(run)
-        if len(failures) < 10:
+        if len(failures) < 20:
             continue
         border = [np.array([row["border_drop"] > row["centre_drop"] for row in rows]) for rows in (failures, matched)]
         shares.append([part.mean() for part in border])
@@ -582,7 +583,7 @@ def attention_on_border(recipes):
         drawn = weighted_mean(difference, recipes.weights[:, [row["index"] for row in failures]])
         pairs.append((difference.mean(), drawn))
     if not pairs:
-        return undecided("needs 10 confident failures that went through failures.py and gradcam.py")
+        return undecided("needs 20 confident failures that went through failures.py and gradcam.py")
     arm = arm_of(pairs)
     of_failures, of_matched = np.mean(shares, 0)
     control = f"of matched correct predictions; {100 * of_failures:.1f} of failures"
@@ -624,30 +625,34 @@ def worse_after_peak(column, sign, which):
 
 def accurate_under_corruption(recipes):
     """Mean accuracy over all corruptions and severities; control: the change on the same images, clean."""
-    return stress_change(recipes, ("corruption", None), "change on clean images", ("clean", None), ("clean", None))
+
+    def clean(before, after):
+        return np.mean([s.accuracy("clean") for s in after]) - np.mean([s.accuracy("clean") for s in before])
+
+    return stress_change(recipes, ("corruption", None), "change on clean images", clean)
 
 
 def accurate_under_attack(recipes):
-    """Accuracy under PGD at 1/255; control: both on adversarial images made against a baseline."""
-    estimate = stress_change(recipes, ("pgd", 1), "same, on the baseline's images", ("pgd", 1), ("transfer", 1))
-    known = {run.stress.checkpoint for run in recipes.baselines if run.stress}
-    if not {run.stress.surrogate for run in recipes.changed if run.stress} <= known:
-        estimate.control_value = None  # those images were made against another network
-    return estimate
+    """Accuracy under PGD; control: that of the changed runs on images made against the baselines, a weaker attack."""
+
+    def transferred(before, after):
+        made_against_them = {s.surrogate for s in after} <= {s.checkpoint for s in before}
+        return np.mean([s.accuracy("transfer", 1) for s in after]) if made_against_them else None
+
+    return stress_change(recipes, ("pgd", 1), "accuracy on the baseline's images", transferred)
 
 
-def stress_change(recipes, condition, control, before, after):
-    """Change of the accuracy under a condition (kind, strength); control: from `before` in the baselines to `after`."""
-    runs = recipes.baselines + recipes.changed
-    found = [run.stress for run in runs]
-    if None in found or len({(len(stress.index), stress.source) for stress in found}) > 1:
+def stress_change(recipes, condition, control, value):
+    """Change of the accuracy under a condition (kind, strength). value: the control's, from the Stress of both arms."""
+    before, after = [run.stress for run in recipes.baselines], [run.stress for run in recipes.changed]
+    if None in before + after:
         return undecided("needs evaluate.py --stress on all runs, with the same images")
-    if any(np.isnan(stress.correct(*condition)).any() for stress in found):
+    if any(np.isnan(stress.correct(*condition)).any() for stress in before + after):
         return undecided("--stress was interrupted; run the same command to continue")
-    arms = recipes.mean(lambda run: run.stress.correct(*condition), resample(found[0].labels, seed=1))
-    before = np.mean([run.stress.accuracy(*before) for run in recipes.baselines])
-    after = np.mean([run.stress.accuracy(*after) for run in recipes.changed])
-    return change(arms, control, after - before)
+    # Not by class: with 10 images of each, resamples within the classes would vary too little.
+    weights = resample(np.zeros_like(before[0].labels), seed=1)
+    arms = recipes.mean(lambda run: run.stress.correct(*condition), weights)
+    return change(arms, control, value(before, after))
 
 
 @dataclass
@@ -777,6 +782,11 @@ class Stress:
     checkpoint: str  # SHA-256 of the best.pt that was measured
     surrogate: str = ""  # of the best.pt that the images of the transfer conditions were made against
 
+    @property
+    def images(self):
+        """What runs must have in common to be compared."""
+        return len(self.index), self.source
+
     def rows(self, kind, strength=None, name=None):
         """Indices of the conditions of a kind, of all strengths and names if none is given."""
         found = enumerate(CONDITIONS)
@@ -894,7 +904,7 @@ class StressTest:
             about = self.source, utils.checkpoint_id(run.folder)
             run.stress = Stress(self.index, self.labels.numpy(), preds, confidence, *about)
             (run.folder / "stress.csv").unlink(missing_ok=True)  # it says what the arrays are, and they come first
-        elif not np.array_equal(run.stress.index, self.index) or run.stress.source != self.source:
+        elif run.stress.images != (len(self.index), self.source):
             found = f"{run.folder} has stress results on {len(run.stress.index)} images, {run.stress.source}"
             raise ScriptError(f"{found}; give the same --stress-images and --cifar-c, or --refresh")
 
@@ -1418,6 +1428,11 @@ def main(argv=None):
         for run in comparable:
             test.measure(run)
     stressed = [run for run in comparable if run.stress]
+    for run in stressed:
+        if run.stress.images != stressed[0].stress.images:
+            warn(f"{run.folder}: its stress test is left out; it has other images than that of {stressed[0].folder}")
+            run.stress = None
+    stressed = [run for run in stressed if run.stress]
     if stressed:
         print_stress(stressed, args.markdown)
 

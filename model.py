@@ -54,7 +54,7 @@ class BasicBlock(nn.Module):
 class ResNet(nn.Module):
     """blocks: how many basic blocks in each of the four stages. width: channels of the first stage.
 
-    Modules are named as in torchvision, so that state dicts can be exchanged.
+    Modules are named as in torchvision, so that all of a state dict but the stem can be exchanged.
     """
 
     def __init__(self, blocks, num_classes, width):

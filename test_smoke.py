@@ -423,12 +423,14 @@ train.main(sys.argv[1:])"""
 
 
 def test_train_resumes_a_run_of_the_first_version():
-    """Its args lack the newer flags and have whole warmup epochs; and it began without fused kernels, as on a Mac."""
+    """Its args lack the newer flags; and it began on a Mac: not fused, momentum not channels_last."""
     run_dir = interrupted_run("first version", 2)
     checkpoint = utils.load_checkpoint(run_dir / "last.pt")
     old = {key: value for key, value in checkpoint["args"].items() if key not in {*utils.NEWER_FLAGS, "quick"}}
     for group in checkpoint["optimizer"]["param_groups"]:
         group["fused"] = False
+    for state in checkpoint["optimizer"]["state"].values():
+        state["momentum_buffer"] = state["momentum_buffer"].contiguous()
     args = old | {"warmup_epochs": 1, "data_dir": "data"}
     change_last(run_dir, args=args, optimizer=checkpoint["optimizer"])
     refused(train.main, command("first version", "--cutmix", "1", "--resume"), 2, "--cutmix 0.0, not 1.0")
@@ -450,6 +452,9 @@ def test_train_resume_says_what_it_does():
     for damage in ({}, {"state": {}, "param_groups": []}):
         change_last(run_dir, optimizer=damage)
         refused(train.main, again, 2, "incomplete")
+    (run_dir / "last.pt").write_bytes(good)
+    change_last(run_dir, split=1)
+    refused(train.main, again, 2, "NumPy splits")
     shutil.copy(run_dir / "best.pt", run_dir / "last.pt")
     refused(train.main, again, 2, "weights only")
     (run_dir / "last.pt").unlink()
@@ -1238,7 +1243,9 @@ def test_verdict_intervals_cover_images_and_seeds():
     for figure, of_images, error, degrees, half in ((0, draws, 0, 0, 1.96), (7, np.zeros(2000), 10, 2, 43.03)):
         low, high = np.quantile(evaluate.with_noise(figure, of_images, 0.0, error, degrees), [0.025, 0.975])
         assert abs((high - figure) / half - 1) < 0.08 and abs((figure - low) / half - 1) < 0.08, (low, high)
-    assert math.isclose(evaluate.with_noise(0.0, draws, 0.75 * draws.var(), 0.0, 0).std(), draws.std() / 2)
+    for noise, error, expected in ((0.75, 3, 0.25 + 9), (0.75, 0, 1), (0.75, 0.5, 0.75 + 0.25)):  # of the variance
+        found = evaluate.with_noise(0.0, draws, noise * draws.var(), error * draws.std(), 10**9)
+        assert abs(found.var() / draws.var() / expected - 1) < 0.02, (noise, error)
     rows = np.random.default_rng(1).normal(size=(2, 2000))
     arm = evaluate.Arm(np.array([0.1, 0.3]), rows)
     assert math.isclose(arm.image_noise, (rows - rows.mean(0)).var(1).sum() / 2)
@@ -1433,19 +1440,27 @@ def test_chain_stress():
     assert own == [""] * 4 and (runs[1] / "stress.png").exists()
     with replaced(evaluate, "StressTest", None):  # later calls show it from the files
         assert "stress, in %" in without_drawing(evaluate.main, *runs)[1]
-    claims = {claim["claim"]: claim["figure"] for claim in json_of(runs[1] / "verdict.json")["claims"]}
-    assert claims["more accurate under corruption"] is not None
+
+    def claim_on(condition):
+        claims = json_of(runs[1] / "verdict.json")["claims"]
+        return next(claim for claim in claims if claim["claim"].startswith(f"more accurate under {condition}"))
+
+    low, high = claim_on("corruption")["ci95"]
+    assert high - low > 0.02  # also with one image of each class
+    [transferred] = [row for row in read_csv(listed) if row["kind"] == "transfer" and row["strength"] == "1"]
+    assert claim_on("PGD")["control_value"] == float(transferred["accuracy"])
     text, surrogate = listed.read_text(), utils.checkpoint_id(runs[0])
     listed.write_text(text.splitlines()[0] + "\n")  # cut short: left out, no traceback
     assert "left out" in without_drawing(evaluate.main, runs[1])[1]
     listed.write_text(text.replace(surrogate, "0" * 64))  # made against another network
     without_drawing(evaluate.main, *runs)
-    claims = {claim["claim"]: claim for claim in json_of(runs[1] / "verdict.json")["claims"]}
-    under_attack = claims["more accurate under PGD at 1/255"]
-    assert under_attack["figure"] is not None and under_attack["control_value"] is None
+    assert claim_on("PGD")["figure"] is not None and claim_on("PGD")["control_value"] is None
     with replaced(evaluate, "corrupt", None):  # so only the transfer is measured again
         without_drawing(evaluate.main, *flags)
     assert surrogate in text and listed.read_text() == text
+    listed.write_text(text.replace("CIFAR-100-C style", "CIFAR-100-C"))  # its rows are not those of the other run
+    assert "it has other images than that of" in without_drawing(evaluate.main, *runs)[1]
+    assert claim_on("corruption")["figure"] is None
     refused(evaluate.main, [runs[0], "--stress", "--stress-images", "200"], 2, "100 images", "--refresh")
     shutil.copy(chain()[0][1] / "best.pt", runs[0] / "best.pt")
     assert "another best.pt" in without_drawing(evaluate.main, runs[0])[1]
@@ -2520,6 +2535,7 @@ def test_places_publish():
     quietly(evaluate.main, [str(target)])
     assert files == {path: path.stat().st_mtime_ns for path in target.iterdir() if not path.name.startswith("verdict")}
     refused(publish, [run_dir, run_dir], 2, "the run itself")
+    refused(publish, [run_dir, chain()[0][1]], 2, "is a run of train.py")  # both were meant to be published
     utils.write_json(run_dir / "config.json", config | {"finished": False})
     refused(publish, [run_dir, target], 2, "not finished", "--resume")
     refused(publish, [], 2, "RUN")

@@ -90,7 +90,8 @@ def parse_args(argv):
     args.dataset = args.dataset or ("cifar100" if found else "synthetic")
     mistyped = args.data_dir and not data_dir.exists()
     if args.dataset == "cifar100" and not found and (mistyped or args.quick):
-        parser.error(f"no CIFAR-100 in --data-dir {data_dir}; for a first look without it: --quick alone")
+        advice = "create the folder to download it there; for a first look without it: --quick alone"
+        parser.error(f"no CIFAR-100 in --data-dir {data_dir}; {advice}")
     args.data_dir = str(data_dir)  # absolute: the scripts that read this run find the data from anywhere
 
     defaults = {action.dest: parser.get_default(action.dest) for action in recipe._group_actions}
@@ -115,7 +116,7 @@ def check(parser, args):
         ("--seed", 0 <= args.seed < 2**32, "in 0..4294967295"),
         ("--val-size", args.val_size in range(100, 50_000, 100), "a multiple of 100 in 100..49900"),
         ("--width", 1 <= args.width <= 1024, "in 1..1024"),
-        ("--limit", 1 <= images <= train_size, f"in 1..{train_size}, the images there are"),
+        ("--limit", 2 <= images <= train_size, f"in 2..{train_size}, the images there are"),
         ("--batch-size", 2 <= args.batch_size <= images, f"in 2..{images}, the training images"),
         ("--mixup", 0 <= args.mixup <= 100, "in [0, 100]"),
         ("--cutmix", 0 <= args.cutmix <= 100, "in [0, 100]"),
@@ -233,6 +234,10 @@ def restore(checkpoint, path, setup, model, optimizer, scaler):
         for group in checkpoint["optimizer"]["param_groups"]:
             group["fused"] = optimizer.defaults["fused"]  # for this device, not the one the run began on
         optimizer.load_state_dict(checkpoint["optimizer"])
+        for parameter, state in optimizer.state.items():
+            for key, value in state.items():
+                if value.shape == parameter.shape:  # fused kernels pair values by address: give it the same layout
+                    state[key] = torch.empty_like(parameter).copy_(value)
         if checkpoint["scaler"] and scaler.is_enabled():  # empty if the run began without one
             scaler.load_state_dict(checkpoint["scaler"])
     except (KeyError, ValueError, TypeError, AttributeError, RuntimeError):
@@ -338,6 +343,10 @@ def train(args, device, precision, run_dir, checkpoint, history):
     # data: all of it on the device
     images, labels = load_dataset(args.dataset, args.data_dir, train=True, url=args.data_url)
     train_index, val_index = split_train_val(labels, args.val_size, args.seed)
+    split = split_id(val_index)
+    if checkpoint and checkpoint["split"] != split:
+        reason = "this version of NumPy splits training and validation images differently"
+        raise ScriptError(f"{run_dir}: {reason}; resume with the version in config.json")
     train_index = train_index[: args.limit]
     train_images, train_labels = pad(images[train_index]).to(device), labels[train_index].to(device)
     val_images, val_labels = images[val_index].to(device), labels[val_index].to(device)
@@ -415,7 +424,7 @@ def train(args, device, precision, run_dir, checkpoint, history):
                 check_finite(loss_sum.item(), dtype, step + 1, history)
                 seconds, mean_loss = time.monotonic() - begin, loss_sum.item() / (i + 1)
                 show_progress(progress, args, epoch, i + 1, steps_per_epoch, seconds, mean_loss)
-            if step == 9 and device.type == "cpu":
+            if step == 9 and device.type == "cpu" and not args.compile:
                 hours = (time.monotonic() - begin) / 10 * total_steps / 3600
                 if hours > 1.5:
                     progress.clear()
@@ -444,9 +453,8 @@ def train(args, device, precision, run_dir, checkpoint, history):
             best_epoch, best_acc = epoch, row["val_acc"]
         stop_early = args.patience > 0 and epoch - best_epoch >= args.patience
 
-        # save: best.pt before last.pt; killed in between, the epoch is repeated and writes the same best.pt
-        split, weights = split_id(val_index), model.state_dict()
-        common = {"format": 1, "args": vars(args), "epoch": epoch, "split": split, "model": weights}
+        # save: best.pt before last.pt; killed in between, the epoch is repeated
+        common = {"format": 1, "args": vars(args), "epoch": epoch, "split": split, "model": model.state_dict()}
         if better:
             save_checkpoint(run_dir / "best.pt", common | {"val_acc": best_acc})
         checkpoint = common | {

@@ -210,7 +210,7 @@ def lock(file, wait=False):
     except BlockingIOError:
         return False
     except (ImportError, OSError):
-        pass  # Windows, and some network drives, have no such locks
+        pass  # not done on Windows, and some network drives have no locks
     return True
 
 
@@ -473,7 +473,7 @@ def select_precision(amp, device):
         else:
             reason = "float16 is slow or gives NaN on this GPU"
     elif device.type == "cpu":
-        reason = "this CPU has no bfloat16"
+        reason = "no fast bfloat16 found on this CPU"
         with contextlib.suppress(OSError):  # not Linux
             if re.search(r"\b(avx512_bf16|amx_bf16|bf16)\b", Path("/proc/cpuinfo").read_text()):
                 fast, reason = "bf16", "fast on this CPU"

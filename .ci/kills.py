@@ -59,6 +59,7 @@ def main(wanted=20):
                     process.kill()
                     process.wait()
                     kills += 1
+                    whole *= 1.05  # so that it also ends on a machine that becomes busy
                     for checkpoint in run_dir.glob("*.pt"):
                         utils.load_checkpoint(checkpoint)  # whole, the old one or the new one
             assert code == 0 and bits_of_run(run_dir) == bits_of_run(straight), run_dir
