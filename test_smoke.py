@@ -248,6 +248,7 @@ def test_train_precision():
         ("Tesla T4", (7, 5), torch.float16),
         ("Tesla V100-SXM2-16GB", (7, 0), torch.float16),
         ("NVIDIA GeForce GTX 1660 Ti", (7, 5), None),  # as a T4 on paper, but float16 gives NaN
+        ("NVIDIA T1000", (7, 5), None),
         ("Tesla P100-PCIE-16GB", (6, 0), None),
         ("NVIDIA A100", (8, 0), torch.bfloat16),
         ("NVIDIA H100", (9, 0), torch.bfloat16),
@@ -995,6 +996,8 @@ def test_bad_data_folders():
         (folder / "cifar-100-python" / name).write_bytes(pickle.dumps(Payload()))
     refused(load, [folder], 2, "altered", "meta (MD5 7973b15100ade9c7d40fb424638fde48)")
     refused(load, [folder / "cifar-100-python"], 2, "altered")
+    (folder / "train").write_text("a stray file beside it")
+    assert data.find_cifar100(folder) == (folder / "cifar-100-python").resolve()
     refused(load, [Path(__file__)], 2, "is a file")
     assert not (scratch() / "pwned").exists()
 

@@ -468,7 +468,8 @@ def select_precision(amp, device):
         capability, name = torch.cuda.get_device_capability(device), device_name(device)
         if capability >= (8, 0):
             fast, reason = "bf16", "fast on this GPU"
-        elif capability >= (7, 0) and "GTX 16" not in name:  # github.com/pytorch/pytorch/issues/77955
+        elif capability >= (7, 0) and not re.search(r"GTX 16|\bT(400|550|600|1000|1200|2000)\b", name):
+            # those compute NaN: github.com/pytorch/pytorch/issues/77955
             fast, reason = "fp16", "this GPU has no bfloat16"
         else:
             reason = "float16 is slow or gives NaN on this GPU"
