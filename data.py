@@ -72,9 +72,7 @@ SUPERCLASSES = {
     "vehicles_2": "lawn_mower rocket streetcar tank tractor",
 }
 CLASS_NAMES = sorted(" ".join(SUPERCLASSES.values()).split())  # alphabetical, so index = official label 0..99
-SUPERCLASS_OF = np.array(
-    [[name in group.split() for group in SUPERCLASSES.values()].index(True) for name in CLASS_NAMES]
-)
+SUPERCLASS_OF = np.argsort(" ".join(SUPERCLASSES.values()).split()) // 5  # by label: its place above, five to a group
 # The 15 classes of insects, other invertebrates and small mammals, for the claim about small animals.
 SMALL_ANIMALS = np.flatnonzero(np.isin(SUPERCLASS_OF, [7, 13, 16])).tolist()
 
@@ -83,8 +81,7 @@ TITLES = {"cifar100": "CIFAR-100", "synthetic": "SYNTHETIC data"}  # for what is
 
 def class_names(dataset):
     """The 100 names by label; made-up ones for the synthetic set, whose images show no real things."""
-    made_up = [f"synthetic_{label:02d}" for label in range(NUM_CLASSES)]
-    return CLASS_NAMES if dataset == "cifar100" else made_up
+    return CLASS_NAMES if dataset == "cifar100" else [f"synthetic_{label:02d}" for label in range(NUM_CLASSES)]
 
 
 def load_dataset(dataset, data_dir, train, url=None):
@@ -113,10 +110,8 @@ def load_cifar100(data_dir="data", train=True, url=None):
     files = {name: (folder / name).read_bytes() if (folder / name).is_file() else b"" for name in FILES_MD5}
     wrong = [f"{name} (MD5 {md5})" for name, md5 in FILES_MD5.items() if md5_of(files[name]) != md5]
     if wrong:
-        raise ScriptError(
-            f"{folder} is not the official CIFAR-100: missing or altered: {', '.join(wrong)}; "
-            "point --data-dir elsewhere, or delete that folder to download it again"
-        )
+        found = f"{folder} is not the official CIFAR-100: missing or altered: {', '.join(wrong)}"
+        raise ScriptError(f"{found}; point --data-dir elsewhere, or delete that folder to download it again")
     content = pickle.loads(files["train" if train else "test"], encoding="latin1")  # written by Python 2
     images = content["data"].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
     return torch.from_numpy(np.ascontiguousarray(images)), torch.tensor(content["fine_labels"])
@@ -174,12 +169,9 @@ def fetch(url):
         if md5_of(content) != ARCHIVE_MD5:
             raise ValueError(f"{len(content):,} bytes, wrong MD5")
     except (OSError, ValueError, http.client.HTTPException) as error:
-        raise ScriptError(
-            f"cannot get CIFAR-100 from {url} ({error}); try --data-url {other}, or any other copy with MD5 "
-            f"{ARCHIVE_MD5}, or --data-dir FOLDER with a copy on this disk; on Kaggle, switch the notebook's "
-            "Internet on; train.py --quick needs no download",
-            code=1,
-        ) from None
+        ways = f"--data-url {other}, or any copy with MD5 {ARCHIVE_MD5}, or --data-dir FOLDER with a copy on this disk"
+        also = "on Kaggle, switch the notebook's Internet on; train.py --quick needs no download"
+        raise ScriptError(f"cannot get CIFAR-100 from {url} ({error}); try {ways}; {also}", code=1) from None
     finally:
         progress.clear()
     return content
@@ -342,8 +334,7 @@ def corrupt(images, name, severity, seed=0):
     corrupted = torch.empty_like(images)
     for start in range(0, len(images), 500):  # in blocks, to save memory
         block = images[start : start + 500].numpy()
-        keys = [[seed, CORRUPTIONS.index(name), severity, start + i] for i in range(len(block))]
-        rngs = [np.random.default_rng(key) for key in keys]
+        rngs = [np.random.default_rng([seed, CORRUPTIONS.index(name), severity, start + i]) for i in range(len(block))]
         pixels = _corrupted(block, name, STRENGTHS[name][severity - 1], rngs)
         pixels = (np.clip(pixels, 0, 1) * 255).astype(np.uint8)  # truncates, as the original does
         corrupted[start : start + 500] = torch.from_numpy(pixels)
@@ -429,8 +420,7 @@ def _clouds(smoothness, rngs):
     height, step, shift = np.zeros((len(rngs), 32, 32)), 32, 10_000
     while step >= 2:
         half = step // 2
-        shifts = [rng.uniform(-shift, shift, (3, 32 // step, 32 // step)) for rng in rngs]
-        shifts = np.stack(shifts, axis=1)
+        shifts = np.stack([rng.uniform(-shift, shift, (3, 32 // step, 32 // step)) for rng in rngs], axis=1)
         corners = height[:, ::step, ::step]
         right, below = corners + np.roll(corners, -1, 2), corners + np.roll(corners, -1, 1)
         centres = (right + np.roll(right, -1, 1)) / 4 + shifts[0]

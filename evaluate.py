@@ -24,12 +24,10 @@ verdict.json and .png. --stress adds stress_preds.npy, stress_confidence.npy,
 stress.csv and .png. Logits that are there already are not computed again.
 """
 
-import functools
 import itertools
 import math
 import textwrap
-import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable
 
@@ -97,40 +95,27 @@ def known_checksums(run_dir):
 # ---- one run --------------------------------------------------------------------------------------------
 
 
-@dataclass
 class Scores:
-    """What a run predicts for each of N test images: arrays (N,). Metrics are computed from these and weights."""
+    """What logits (N, C) predict for N test images: arrays (N,). Metrics are computed from these and weights."""
 
-    pred: np.ndarray  # int64
-    confidence: np.ndarray  # largest softmax probability
-    correct: np.ndarray  # bool
-    top5: np.ndarray  # bool: the true class is among the five most likely; where logits tie, the lower label leads
-    nll: np.ndarray  # -log of the true class's probability, in nats
-    brier: np.ndarray  # sum over the classes of (probability - target)^2, in [0, 2]
-    same_superclass: np.ndarray  # bool: right, or an error inside the true superclass
+    def __init__(self, logits, labels):
+        log_probs = log_softmax(logits)
+        probs, rows = np.exp(log_probs), np.arange(len(labels))
+        true_logits = logits[rows, labels][:, None]
+        ahead = (logits > true_logits) | ((logits == true_logits) & (np.arange(logits.shape[1]) < labels[:, None]))
+        self.pred = logits.argmax(1)
+        self.confidence = probs[rows, self.pred]  # largest softmax probability
+        self.correct = self.pred == labels
+        # top5: is the true class among the five most likely? Where logits tie, the lower label leads.
+        self.top5 = ahead.sum(1) < 5
+        self.nll = -log_probs[rows, labels]  # -log of the true class's probability, in nats
+        self.brier = (probs**2).sum(1) - 2 * probs[rows, labels] + 1  # sum of (probability - target)^2, in [0, 2]
+        self.same_superclass = SUPERCLASS_OF[self.pred] == SUPERCLASS_OF[labels]  # right, or an error inside it
 
     @property
     def failures(self):
         """(N,) bool: the study's confident failures."""
         return ~self.correct & (self.confidence > CONFIDENT)
-
-
-def score_images(logits, labels):
-    """Scores of logits (N, C) and labels (N,)."""
-    log_probs = log_softmax(logits)
-    probs = np.exp(log_probs)
-    rows, pred = np.arange(len(labels)), logits.argmax(1)
-    true_logits = logits[rows, labels][:, None]
-    ahead = (logits > true_logits) | ((logits == true_logits) & (np.arange(logits.shape[1]) < labels[:, None]))
-    return Scores(
-        pred=pred,
-        confidence=probs[rows, pred],
-        correct=pred == labels,
-        top5=ahead.sum(1) < 5,
-        nll=-log_probs[rows, labels],
-        brier=(probs**2).sum(1) - 2 * probs[rows, labels] + 1,
-        same_superclass=SUPERCLASS_OF[pred] == SUPERCLASS_OF[labels],
-    )
 
 
 def fit_temperature(logits, labels):
@@ -152,39 +137,24 @@ def fit_temperature(logits, labels):
     return 1 / b
 
 
-@dataclass(eq=False)
 class Run:
     """A trained run on the test images, as the rest of this file sees it."""
 
-    name: str
-    config: dict  # of config.json
-    logits: np.ndarray  # (N, 100) float64
-    labels: np.ndarray  # (N,) int64
-    temperature: float | None  # None for an ensemble, whose members are scaled one by one
-    scaled_logits: np.ndarray = None  # after temperature scaling
-    folder: Path | None = None
-    stress: "Stress | None" = None
-    raw: Scores = field(init=False)
-    scaled: Scores = field(init=False)
-    values: dict = field(init=False, default_factory=dict)  # {metric: float}, and with the suffix _scaled
-    draws: dict = field(init=False, default_factory=dict)  # {metric: (RESAMPLES,)}, once measure() was called
-
-    def __post_init__(self):
-        if self.scaled_logits is None:
-            self.scaled_logits = self.logits / self.temperature
-        self.raw, self.scaled = score_images(self.logits, self.labels), score_images(self.scaled_logits, self.labels)
+    def __init__(self, name, config, logits, labels, temperature, scaled_logits=None, folder=None):
+        self.name, self.config, self.folder = name, config, folder
+        self.seed = config["args"].get("seed")
+        self.logits, self.labels = logits, labels  # (N, 100) float64 and (N,) int64
+        self.temperature = temperature  # None for an ensemble, whose members are scaled one by one
+        self.scaled_logits = logits / temperature if scaled_logits is None else scaled_logits
+        self.raw, self.scaled = Scores(logits, labels), Scores(self.scaled_logits, labels)
+        self.confusion = confusion_matrix(labels, self.raw.pred, NUM_CLASSES)
+        self.stress = None  # a Stress, once it is read or measured
+        self.draws = {}  # {metric: (RESAMPLES,)}, once measure() was called
+        self.values = {}  # {metric: float}, and with the suffix _scaled
         for suffix, scores, same in (("", self.raw, ()), ("_scaled", self.scaled, UNSCALED)):
-            found = metrics(scores, self.labels, np.ones((1, len(self.labels))))
+            found = metrics(scores, labels, np.ones((1, len(labels))))
             found["ece_null"] = [calibrated_ece(scores.confidence)]
             self.values |= {name + suffix: float(value[0]) for name, value in found.items() if name not in same}
-
-    @property
-    def seed(self):
-        return self.config["args"].get("seed")
-
-    @functools.cached_property
-    def confusion(self):
-        return confusion_matrix(self.labels, self.raw.pred, NUM_CLASSES)
 
     def measure(self, weights):
         """Fill draws: every metric in every resample of the test images."""
@@ -226,10 +196,7 @@ def ensemble(runs):
 
 
 def metrics(scores, labels, weights):
-    """{metric: (R,) values}. weights (R, N): how often each image counts; ones give the metric itself.
-
-    The weights of bootstrap resamples give its interval. NaN where a metric is undefined, as without errors.
-    """
+    """{metric: (R,) values}, NaN where undefined, as without errors. weights (R, N): how often each image counts."""
     s, w, n = scores, weights, weights.sum(1)
     wrong, gap = ~s.correct, s.confidence - s.correct
     columns = {  # metrics that are means over the images
@@ -354,8 +321,8 @@ def interval(draws):
 class Estimate:
     """A claim's statistic, and what to hold it against."""
 
-    figure: float | None
-    draws: np.ndarray | None  # of the figure, over test images and training runs
+    figure: float | None = None
+    draws: np.ndarray | None = None  # of the figure, over test images and training runs
     control: str = ""  # what the figure would be without the effect, or how far seeds alone move it
     control_value: float | None = None
     reference: float = 0.0  # the claim is about figure - reference
@@ -365,34 +332,16 @@ class Estimate:
     note: str = ""  # why it cannot be decided
 
 
-def undecided(note):
-    return Estimate(None, None, note=note)
-
-
-@dataclass
 class Arm:
-    """A quantity of the runs of one recipe."""
+    """A quantity of the runs of one recipe, from [(value, draws (RESAMPLES,))] of the runs."""
 
-    values: np.ndarray  # (R,) one per run
-    draws: np.ndarray  # (R, RESAMPLES) the same in resamples of the test images
-
-    @property
-    def mean(self):
-        return self.values.mean()
-
-    @property
-    def image_noise(self):
-        """The part of the mean's variance over images that the runs do not share.
-
-        The spread between seeds contains it already, so with_noise takes it out.
-        """
-        runs = len(self.values)
-        return (self.draws - self.draws.mean(0)).var(1).sum() / (runs * (runs - 1)) if runs > 1 else 0.0
-
-
-def arm_of(pairs):
-    """An Arm from [(value, draws (RESAMPLES,))] of its runs."""
-    return Arm(np.array([value for value, _ in pairs]), np.array([draws for _, draws in pairs]))
+    def __init__(self, pairs):
+        self.values = np.array([value for value, _ in pairs])  # (R,)
+        self.draws = np.array([draws for _, draws in pairs])  # (R, RESAMPLES), in resamples of the test images
+        self.mean, runs = self.values.mean(), len(pairs)
+        # The part of the mean's variance over images that the runs do not share; the spread between seeds has it too.
+        own = (self.draws - self.draws.mean(0)).var(1).sum()
+        self.image_noise = own / (runs * (runs - 1)) if runs > 1 else 0.0
 
 
 @dataclass
@@ -409,7 +358,7 @@ class Recipes:
 
     def quantity(self, measure):
         """An Arm per recipe, of measure(run): (value, draws (RESAMPLES,))."""
-        return [arm_of([measure(run) for run in arm]) for arm in self.arms]
+        return [Arm([measure(run) for run in arm]) for arm in self.arms]
 
     def metric(self, name):
         return self.quantity(lambda run: (run.values[name], run.draws[name]))
@@ -479,7 +428,7 @@ def errors_at_equal_coverage(recipes):
     """Error rate among equally many most confident images: as many as the baselines have above 0.90."""
     count = round(np.mean([(run.raw.confidence > CONFIDENT).sum() for run in recipes.baselines]))
     if count < 50:
-        return undecided(f"the baselines have {count} images above {CONFIDENT}; 50 are needed")
+        return Estimate(note=f"the baselines have {count} images above {CONFIDENT}; 50 are needed")
 
     def error_rate(run):
         order = np.argsort(-run.raw.confidence, kind="stable")
@@ -500,19 +449,17 @@ def confidence_on_failures(recipes, kind):
     """
     runs, split = recipes.baselines + recipes.changed, len(recipes.baselines)
     sets, drops = [], []
-    for picker in recipes.baselines:
+    for k, picker in enumerate(recipes.baselines):
         picked = picker.raw.failures
         others = np.array([run.seed != picker.seed for run in runs])
         if picked.sum() < 10 or not others[:split].any() or not others[split:].any():
             continue
-        of_runs = []  # of each run (1 + RESAMPLES,): its mean confidence on the set, then in the resamples
-        for run in runs:
-            confidence = getattr(run, kind).confidence[picked]
-            of_runs.append([confidence.mean(), *weighted_mean(confidence, recipes.weights[:, picked])])
+        arms = recipes.mean(lambda run: getattr(run, kind).confidence[picked], recipes.weights[:, picked])
+        of_runs = np.concatenate([np.column_stack([arm.values, arm.draws]) for arm in arms])  # (runs, 1 + RESAMPLES)
         sets.append(np.where(others[:, None], of_runs, np.nan))
-        drops.append(np.nanmean(sets[-1][:split, 0]) - getattr(picker, kind).confidence[picked].mean())
+        drops.append(np.nanmean(sets[-1][:split, 0]) - of_runs[k, 0])
     if not sets:
-        return undecided("needs baselines of two seeds with 10 confident failures each, and runs of other seeds")
+        return Estimate(note="needs baselines of two seeds with 10 confident failures each, and runs of other seeds")
 
     def difference_and_deviations(table):
         """Of (sets, runs, n): the change (n,), and how far each run lies from the others of its recipe (runs, n)."""
@@ -562,12 +509,9 @@ def small_animals_are_worst(recipes):
     small = np.isin(labels, SMALL_ANIMALS)
     signed = np.where(small, 1 / small.mean(), -1 / (~small).mean())
     arms = recipes.mean(lambda run: run.raw.correct * signed)
-    among = []
-    for run in recipes.baselines:
-        hits = np.bincount(labels, run.raw.correct, NUM_CLASSES)  # of equally many images
-        among.append(np.isin(np.argsort(hits, kind="stable")[:10], SMALL_ANIMALS).sum())
+    worst = [np.argsort(np.diag(run.confusion), kind="stable")[:10] for run in recipes.baselines]  # equally many images
     control = f"of the ten worst classes; {len(SMALL_ANIMALS) / 10:g} by chance"
-    return one_recipe(arms[0], arms, control, np.mean(among), control_is_count=True)
+    return one_recipe(arms[0], arms, control, np.isin(worst, SMALL_ANIMALS).sum(1).mean(), control_is_count=True)
 
 
 def attention_on_border(recipes):
@@ -583,76 +527,57 @@ def attention_on_border(recipes):
         drawn = weighted_mean(difference, recipes.weights[:, [row["index"] for row in failures]])
         pairs.append((difference.mean(), drawn))
     if not pairs:
-        return undecided("needs 20 confident failures that went through failures.py and gradcam.py")
-    arm = arm_of(pairs)
+        return Estimate(note="needs 20 confident failures that went through failures.py and gradcam.py")
+    arm = Arm(pairs)
     of_failures, of_matched = np.mean(shares, 0)
     control = f"of matched correct predictions; {100 * of_failures:.1f} of failures"
     few = "attention of one baseline alone" if len(pairs) == 1 else ""
     return one_recipe(arm, [arm], control, of_matched, note=few)
 
 
-def worse_after_peak(column, sign, which):
-    """How much validation accuracy (sign 1) or loss (-1) worsens from its best epoch to the last, in one recipe.
+def worse_after_peak(runs, column):
+    """How much validation accuracy or loss ("val_acc" or "val_loss") worsens from its best epoch to the last.
 
     The best epoch is that of the *other* runs' mean curve, within its first three quarters: a run's own best
     epoch is partly noise, and always looks better than its last.
     """
-
-    def statistic(recipes):
-        found = [read_curve(run, column) for run in (recipes.baselines, recipes.changed)[which]]
-        curves = [sign * curve for curve in found if curve is not None]
-        if len(curves) < 2:
-            return undecided("needs the log.csv of two runs of the recipe")
-        epochs, values = [], []
-        for k, curve in enumerate(curves):
-            others = curves[:k] + curves[k + 1 :]
-            length = min(len(other) for other in others)
-            early = np.mean([other[:length] for other in others], 0)[: math.ceil(0.75 * length)]
-            peak = int(early.argmax())
-            if peak >= len(curve):
-                warn(f"a run of {len(curve)} epochs stopped before epoch {peak + 1}, and is left out of {column}'s row")
-                continue
-            epochs.append(peak + 1)
-            values.append(curve[peak] - curve[-1])
-        if len(values) < 2:
-            return undecided("needs the log.csv of two runs of the recipe")
-        arm = arm_of([(value, np.zeros(RESAMPLES)) for value in values])  # no test images, no choice of them
-        unit = 100 if sign == 1 else 1
-        return one_recipe(arm, [arm], "epoch of the peak", np.mean(epochs), unit=unit, control_is_count=True)
-
-    return statistic
+    sign, unit = (1, 100) if column == "val_acc" else (-1, 1)
+    curves = [sign * curve for run in runs if len(curve := read_curve(run, column))]
+    found = []  # (epoch of the peak, what is lost after it)
+    for k, curve in enumerate(curves if len(curves) > 1 else []):
+        others = np.mean([*zip(*curves[:k], *curves[k + 1 :])], 1)  # as long as the shortest
+        peak = int(others[: math.ceil(0.75 * len(others))].argmax())
+        if peak < len(curve):
+            found.append((peak + 1, curve[peak] - curve[-1]))
+        else:
+            warn(f"a run of {len(curve)} epochs stopped before epoch {peak + 1}, and is left out of {column}'s row")
+    if len(found) < 2:
+        return Estimate(note="needs the log.csv of two runs of the recipe")
+    epochs, values = zip(*found)
+    arm = Arm([(value, np.zeros(RESAMPLES)) for value in values])  # no test images, no choice of them
+    return one_recipe(arm, [arm], "epoch of the peak", np.mean(epochs), unit=unit, control_is_count=True)
 
 
-def accurate_under_corruption(recipes):
-    """Mean accuracy over all corruptions and severities; control: the change on the same images, clean."""
+def accurate_under(recipes, kind, strength=None):
+    """Change of the accuracy under "corruption", the mean over all of them, or under "pgd" of a strength.
 
-    def clean(before, after):
-        return np.mean([s.accuracy("clean") for s in after]) - np.mean([s.accuracy("clean") for s in before])
-
-    return stress_change(recipes, ("corruption", None), "change on clean images", clean)
-
-
-def accurate_under_attack(recipes):
-    """Accuracy under PGD; control: that of the changed runs on images made against the baselines, a weaker attack."""
-
-    def transferred(before, after):
-        made_against_them = {s.surrogate for s in after} <= {s.checkpoint for s in before}
-        return np.mean([s.accuracy("transfer", 1) for s in after]) if made_against_them else None
-
-    return stress_change(recipes, ("pgd", 1), "accuracy on the baseline's images", transferred)
-
-
-def stress_change(recipes, condition, control, value):
-    """Change of the accuracy under a condition (kind, strength). value: the control's, from the Stress of both arms."""
+    Control: the change on the same images, clean; under attack, the accuracy of the changed runs on images made
+    against the baselines, a weaker attack.
+    """
     before, after = [run.stress for run in recipes.baselines], [run.stress for run in recipes.changed]
     if None in before + after:
-        return undecided("needs evaluate.py --stress on all runs, with the same images")
-    if any(np.isnan(stress.correct(*condition)).any() for stress in before + after):
-        return undecided("--stress was interrupted; run the same command to continue")
+        return Estimate(note="needs evaluate.py --stress on all runs, with the same images")
+    if any(np.isnan(stress.correct(kind, strength)).any() for stress in before + after):
+        return Estimate(note="--stress was interrupted; run the same command to continue")
     # Not by class: with 10 images of each, resamples within the classes would vary too little.
     weights = resample(np.zeros_like(before[0].labels), seed=1)
-    arms = recipes.mean(lambda run: run.stress.correct(*condition), weights)
-    return change(arms, control, value(before, after))
+    arms = recipes.mean(lambda run: run.stress.correct(kind, strength), weights)
+    if kind == "corruption":
+        clean = [np.mean([stress.accuracy("clean") for stress in arm]) for arm in (before, after)]
+        return change(arms, "change on clean images", clean[1] - clean[0])
+    made_against_them = {stress.surrogate for stress in after} <= {stress.checkpoint for stress in before}
+    transferred = np.mean([stress.accuracy("transfer", strength) for stress in after]) if made_against_them else None
+    return change(arms, "accuracy on the baseline's images", transferred)
 
 
 @dataclass
@@ -677,15 +602,15 @@ CLAIMS = [
     # scaled: beyond what one temperature can mend
     Claim("generalizes better (NLL, scaled)", "below", lambda s: change(s.mean(lambda run: run.scaled.nll), unit=1)),
     Claim("ranks its errors better (AUROC)", "above", lambda s: change(s.metric("auroc_failure"))),
-    Claim("more accurate under corruption", "above", accurate_under_corruption),
-    Claim("more accurate under PGD at 1/255", "above", accurate_under_attack),
+    Claim("more accurate under corruption", "above", lambda s: accurate_under(s, "corruption")),
+    Claim("more accurate under PGD at 1/255", "above", lambda s: accurate_under(s, "pgd", 1)),
     Claim("errors stay inside superclasses", "above", errors_stay_in_superclass, (0,)),
     Claim("small animals do worst", "below", small_animals_are_worst, (0,)),
     Claim("failures rely more on the border", "above", attention_on_border, (0,)),
-    Claim("accuracy peaks early (baseline)", "above", worse_after_peak("val_acc", 1, 0), (0,)),
-    Claim("accuracy peaks early (changed)", "above", worse_after_peak("val_acc", 1, 1), (1,)),
-    Claim("loss rises again (baseline)", "above", worse_after_peak("val_loss", -1, 0), (0,)),
-    Claim("loss rises again (changed)", "above", worse_after_peak("val_loss", -1, 1), (1,)),
+    Claim("accuracy peaks early (baseline)", "above", lambda s: worse_after_peak(s.baselines, "val_acc"), (0,)),
+    Claim("accuracy peaks early (changed)", "above", lambda s: worse_after_peak(s.changed, "val_acc"), (1,)),
+    Claim("loss rises again (baseline)", "above", lambda s: worse_after_peak(s.baselines, "val_loss"), (0,)),
+    Claim("loss rises again (changed)", "above", lambda s: worse_after_peak(s.changed, "val_loss"), (1,)),
 ]
 REAL_CLASSES = {errors_stay_in_superclass, small_animals_are_worst}  # make no sense on synthetic images
 
@@ -722,16 +647,12 @@ def judge(recipes, synthetic=False):
     return rows
 
 
-# ---- what other scripts measured ------------------------------------------------------------------------
-
-
 def read_curve(run, column):
-    """A column of the run's log.csv, (epochs,) float64, or None."""
+    """A column of the run's log.csv, (epochs,) float64; empty without one."""
     path, columns = run.folder / "log.csv", {"epoch": int, column: float}
     rows = utils.read_csv(path, "python train.py --resume", "the log of a run", columns) if path.exists() else []
     if not rows:
         warn(f"no epoch in {path}: the run is left out of the row on {column}")
-        return None
     return np.array([row[column] for row in rows])
 
 
@@ -760,11 +681,10 @@ def read_attention(run):
 
 GROUPS = {"noise": CORRUPTIONS[:3], "blur": CORRUPTIONS[3:6], "weather": CORRUPTIONS[6:8], "digital": CORRUPTIONS[8:]}
 EPSILONS = (0.25, 1, 2, 8)  # bounds of the attacks: largest change of a pixel, in 1/255
-NEIGHBOURS = [(dy, dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1) if (dy, dx) != (0, 0)]
 CONDITIONS = (  # (kind, name, strength), the rows of stress.csv and of the arrays
     [("clean", "", 0)]
     + [("corruption", name, severity) for name in CORRUPTIONS for severity in range(1, 6)]
-    + [("shift", f"{dy} {dx}", 1) for dy, dx in NEIGHBOURS]
+    + [("shift", f"{dy} {dx}", 1) for dy in (-1, 0, 1) for dx in (-1, 0, 1) if (dy, dx) != (0, 0)]
     + [(attack, "", epsilon) for attack in ("fgsm", "pgd", "transfer") for epsilon in EPSILONS]
 )
 COST = {"fgsm": 3, "pgd": 21, "transfer": 21}  # in forward passes; the others: 1
@@ -774,7 +694,6 @@ COST = {"fgsm": 3, "pgd": 21, "transfer": 21}  # in forward passes; the others: 
 class Stress:
     """Predictions of a run on N of the test images under every condition; NaN confidence: not measured."""
 
-    index: np.ndarray  # (N,) of the test images
     labels: np.ndarray  # (N,)
     preds: np.ndarray  # (conditions, N) uint8
     confidence: np.ndarray  # (conditions, N) float32
@@ -785,7 +704,7 @@ class Stress:
     @property
     def images(self):
         """What runs must have in common to be compared."""
-        return len(self.index), self.source
+        return len(self.labels), self.source
 
     def rows(self, kind, strength=None, name=None):
         """Indices of the conditions of a kind, of all strengths and names if none is given."""
@@ -875,9 +794,13 @@ class StressTest:
             found = read_cifar_c(args.cifar_c, "labels", 1, self.index, shape=())
             if not np.array_equal(found, self.labels):
                 raise ScriptError(f"{args.cifar_c}: labels.npy has other labels than the test set; set --cifar-c")
+        for run in runs:
+            if run.stress and run.stress.images != (len(self.index), self.source):
+                found = f"{run.folder} has stress results on {run.stress.images[0]} images, {run.stress.source}"
+                raise ScriptError(f"{found}; give the same --stress-images and --cifar-c, or --refresh")
         self.baselines, self.device = baselines, device
         dtype, _ = utils.select_precision("auto", device)
-        self.autocast = functools.partial(torch.autocast, device.type, dtype, enabled=dtype is not None)
+        self.autocast = lambda: torch.autocast(device.type, dtype, enabled=dtype is not None)
 
     def batches(self, kind, name, strength, attacked):
         """The images of a condition, (B, 32, 32, 3) in 0..255 on the device, 250 at a time."""
@@ -896,21 +819,13 @@ class StressTest:
                 batch = attack(attacked, batch, labels, strength, 1 if kind == "fgsm" else 10, self.autocast)
             yield batch
 
-    def open_stress(self, run):
-        """Make run.stress if there is none; refuse one of other images."""
-        if run.stress is None:
-            shape = (len(CONDITIONS), len(self.index))
-            preds, confidence = np.zeros(shape, np.uint8), np.full(shape, np.nan, np.float32)
-            about = self.source, utils.checkpoint_id(run.folder)
-            run.stress = Stress(self.index, self.labels.numpy(), preds, confidence, *about)
-            (run.folder / "stress.csv").unlink(missing_ok=True)  # it says what the arrays are, and they come first
-        elif run.stress.images != (len(self.index), self.source):
-            found = f"{run.folder} has stress results on {len(run.stress.index)} images, {run.stress.source}"
-            raise ScriptError(f"{found}; give the same --stress-images and --cifar-c, or --refresh")
-
     def measure(self, run):
         """Measure what run.stress lacks, saving after every condition: an interrupted test goes on from there."""
-        self.open_stress(run)
+        if run.stress is None:
+            shape = (len(CONDITIONS), len(self.index))
+            blank = np.zeros(shape, np.uint8), np.full(shape, np.nan, np.float32)
+            run.stress = Stress(self.labels.numpy(), *blank, self.source, utils.checkpoint_id(run.folder))
+            (run.folder / "stress.csv").unlink(missing_ok=True)  # it says what the arrays are, and they come first
         stress, surrogate = run.stress, None  # whose images a changed run is shown in the transfer conditions
         if run not in self.baselines:
             same_seed = [base for base in self.baselines if base.seed == run.seed]
@@ -924,19 +839,13 @@ class StressTest:
             return
         model = utils.load_model(run.folder, self.device).requires_grad_(False)
         other = utils.load_model(surrogate, self.device).requires_grad_(False) if surrogate else None
-        costs = [COST.get(CONDITIONS[k][0], 1) for k in todo]
-        progress, start = utils.Progress(), time.monotonic()
-        for done, k in enumerate(todo, 1):
+        for k in utils.track(todo, f"{run.name}: condition", [COST.get(CONDITIONS[k][0], 1) for k in todo]):
             batches = self.batches(*CONDITIONS[k], other if CONDITIONS[k][0] == "transfer" else model)
             with self.autocast():
                 probs = utils.predict(model, map(normalize, batches)).softmax(1)
             confidence, preds = probs.max(1)
             stress.confidence[k], stress.preds[k] = confidence.cpu().numpy(), preds.cpu().numpy()
             write_stress(run)
-            if progress.due():
-                left = (time.monotonic() - start) / sum(costs[:done]) * sum(costs[done:])
-                progress.show(f"{run.name}: condition {done}/{len(todo)}, {utils.duration(left)} left")
-        progress.clear()
 
 
 def write_stress(run):
@@ -947,7 +856,7 @@ def write_stress(run):
         if np.isnan(confidence):
             accuracy = confidence = ""
         row = {"kind": kind, "name": name, "strength": strength, "accuracy": accuracy, "mean_confidence": confidence}
-        row |= {"images": len(stress.index), "source": stress.source, "checkpoint": stress.checkpoint}
+        row |= {"images": len(stress.labels), "source": stress.source, "checkpoint": stress.checkpoint}
         rows.append(row | {"surrogate": stress.surrogate if kind == "transfer" else ""})
     utils.write_npy(run.folder / "stress_preds.npy", stress.preds)
     utils.write_npy(run.folder / "stress_confidence.npy", stress.confidence)
@@ -964,12 +873,12 @@ def read_stress(run):
     if not rows or rows[0]["checkpoint"] != (utils.checkpoint_id(run.folder) or ""):
         warn(f"{path} belongs to another best.pt and is left out; run {made_by}")
         return None
-    index = first_of_each_class(run.labels, rows[0]["images"])
-    shape = (len(CONDITIONS), len(index))
+    labels = run.labels[first_of_each_class(run.labels, rows[0]["images"])]
+    shape = (len(CONDITIONS), len(labels))
     preds = read_array(run.folder / "stress_preds.npy", shape, "u", made_by, "stress results")
     confidence = read_array(run.folder / "stress_confidence.npy", shape, "f", made_by, "stress results")
     about = rows[0]["source"], rows[0]["checkpoint"], rows[-1]["surrogate"]  # the last condition is a transfer
-    return Stress(index, run.labels[index], preds, confidence, *about)
+    return Stress(labels, preds, confidence, *about)
 
 
 # ---- tables ---------------------------------------------------------------------------------------------
@@ -1063,7 +972,7 @@ def print_verdict(rows, markdown):
 
 def print_stress(runs, markdown):
     first = runs[0].stress
-    print(f"\nstress, in %: {len(first.index):,} test images, {len(CORRUPTIONS)} corruptions, {first.source}")
+    print(f"\nstress, in %: {len(first.labels):,} test images, {len(CORRUPTIONS)} corruptions, {first.source}")
     table = []
     for run in runs:
         s = run.stress
@@ -1079,7 +988,7 @@ def print_stress(runs, markdown):
     print_table(["accuracy at eps in 1/255", *heads], table, markdown)
 
 
-# ---- files and pictures of a run ------------------------------------------------------------------------
+# ---- files and pictures ---------------------------------------------------------------------------------
 
 
 def confused_pairs(confusion, count=20):
@@ -1090,37 +999,25 @@ def confused_pairs(confusion, count=20):
 
 
 def per_class_rows(run, names):
-    """One dict per class, in label order: what per_class.csv holds."""
+    """One dict per class, in label order: what per_class.csv holds. The accuracy on a class's images is its recall."""
     hits, images, predicted = np.diag(run.confusion), run.confusion.sum(1), run.confusion.sum(0)
     errors = run.confusion - np.diag(hits)
     low, high = utils.wilson_interval(hits, np.maximum(images, 1))
-    return [
-        {
-            "label": k,
-            "class": names[k],
-            "superclass": list(SUPERCLASSES)[SUPERCLASS_OF[k]],
-            "images": images[k],
-            "accuracy": hits[k] / max(images[k], 1),  # of its images: this is the recall
-            "low": low[k],
-            "high": high[k],
-            "precision": hits[k] / max(predicted[k], 1),
-            "f1": 2 * hits[k] / max(images[k] + predicted[k], 1),
-            "mostly_taken_for": names[errors[k].argmax()] if errors[k].any() else "",
-            "times": errors[k].max(),
-        }
-        for k in range(NUM_CLASSES)
-    ]
+    columns = {"label": range(NUM_CLASSES), "class": names, "superclass": np.array(list(SUPERCLASSES))[SUPERCLASS_OF]}
+    columns |= {"images": images, "accuracy": hits / np.maximum(images, 1), "low": low, "high": high}
+    columns |= {"precision": hits / np.maximum(predicted, 1), "f1": 2 * hits / np.maximum(images + predicted, 1)}
+    columns["mostly_taken_for"] = np.where(errors.any(1), np.array(names)[errors.argmax(1)], "")
+    columns["times"] = errors.max(1)
+    return [dict(zip(columns, values)) for values in zip(*columns.values())]
 
 
 def draw_confusion(path, run, names, title):
-    from matplotlib.colors import LogNorm
-
     figure, (matrix, bars) = utils.new_figure(16, 11, 1, 2, width_ratios=[10, 6])
     order = np.argsort(SUPERCLASS_OF, kind="stable")
     shown = run.confusion[np.ix_(order, order)].astype(float)
     np.fill_diagonal(shown, np.nan)  # the hits would own the colour scale
     shown[shown == 0] = np.nan
-    picture = matrix.imshow(shown, cmap="viridis", norm=LogNorm(1, max(2, np.nanmax(shown, initial=1))))
+    picture = matrix.imshow(shown, cmap="viridis", norm="log", vmin=1, vmax=max(2, np.nanmax(shown, initial=1)))
     real = names[0] == "apple"  # the synthetic set has no superclasses with names
     families = [name.replace("_", " ") if real else f"group {k}" for k, name in enumerate(SUPERCLASSES)]
     matrix.set_xticks(np.arange(2, 100, 5), families, rotation=90, fontsize=9)
@@ -1134,9 +1031,8 @@ def draw_confusion(path, run, names, title):
     pairs = confused_pairs(run.confusion)[::-1]
     colors = [utils.BLUE if SUPERCLASS_OF[i] == SUPERCLASS_OF[j] else utils.VERMILION for i, j, _ in pairs]
     bars.barh([f"{names[i]} / {names[j]}" for i, j, _ in pairs], [errors for _, _, errors in pairs], color=colors)
-    bars.margins(y=0.01)
-    bars.set_title("most confused pairs\nblue: same superclass, vermilion: different")
-    bars.set_xlabel("errors, both ways together")
+    title_of_bars = "most confused pairs\nblue: same superclass, vermilion: different"
+    bars.set(title=title_of_bars, xlabel="errors, both ways together", ymargin=0.01)
     figure.suptitle(title)
     utils.save_figure(figure, path)
 
@@ -1201,11 +1097,6 @@ def write_run(run, args):
             draw(path, run, names, title)
 
 
-# ---- pictures of a comparison ---------------------------------------------------------------------------
-
-WORD_COLORS = {"supported": utils.BLUE, "contradicted": utils.VERMILION, "not decided": utils.GRAY}
-
-
 def draw_verdict(path, rows, title):
     """A line per claim, each on a scale of its own: the runs as small dots, figure with interval, verdict."""
     figure, axes = utils.new_figure(12, 1.6 + 0.46 * len(rows))
@@ -1215,7 +1106,7 @@ def draw_verdict(path, rows, title):
         axes.text(x, -0.8, head, ha=side, va="center", fontsize=11, weight="bold")
     axes.text(0, -0.8, "shaded: as claimed; small dots: the runs", ha="center", va="center", fontsize=9)
     for y, (claim, estimate, ends, word) in enumerate(rows):
-        color = WORD_COLORS[word]
+        color = {"supported": utils.BLUE, "contradicted": utils.VERMILION, "not decided": utils.GRAY}[word]
         axes.text(-3.5, y, claim.text, va="center", fontsize=11)
         axes.text(4.5, y, word, ha="right", va="center", fontsize=11, color=color, weight="bold")
         if ends is None:
@@ -1244,29 +1135,22 @@ def draw_stress(path, arms, title):
     """Accuracy by corruption; accuracy and confidence against severity; accuracy under attack."""
     figure, (left, middle, right) = utils.new_figure(15, 5, 1, 3)
     names = sorted(CORRUPTIONS, key=lambda name: arms[0][0].stress.accuracy("corruption", name=name))
-    severities = range(6)  # 0: clean
-    points = [("clean", None)] + [("corruption", severity) for severity in severities[1:]]
-    for arm, color in zip(arms, (utils.BLUE, utils.VERMILION, utils.GRAY)):
+    points = [("clean", 0)] + [("corruption", severity) for severity in range(1, 6)]
+    attacks = {"pgd": ("-o", "PGD"), "fgsm": (":", "FGSM"), "transfer": ("--", "made against the baseline")}
+    for arm, color in zip(arms, (utils.BLUE, utils.VERMILION)):
         label, found = arm[0].name, [run.stress for run in arm]
-
-        def mean(function):
-            return 100 * np.mean([function(stress) for stress in found])
-
-        for k, stress in enumerate(found):
-            values = [100 * stress.accuracy("corruption", name=name) for name in names]
-            left.plot(values, range(len(names)), "o", color=color, markersize=4, label=label if k == 0 else None)
-        accuracy = [mean(lambda s: s.accuracy(*point)) for point in points]
-        confidence = [mean(lambda s: s.mean_confidence(*point)) for point in points]
+        dots = [(100 * s.accuracy("corruption", name=name), name.replace("_", " ")) for s in found for name in names]
+        left.plot(*zip(*dots), "o", color=color, markersize=4, label=label)
+        accuracy = 100 * np.mean([[s.accuracy(*point) for point in points] for s in found], 0)
+        confidence = 100 * np.mean([[s.mean_confidence(*point) for point in points] for s in found], 0)
         left.axvline(accuracy[0], color=color, linewidth=0.8)
-        middle.plot(severities, accuracy, "-o", color=color, markersize=4, label=f"{label}: accuracy")
-        middle.plot(severities, confidence, "--", color=color, label=f"{label}: mean confidence")
-        middle.fill_between(severities, accuracy, confidence, color=color, alpha=0.12)
-        for attack_name, style in (("pgd", "-o"), ("fgsm", ":"), ("transfer", "--")):
-            values = [mean(lambda s: s.accuracy(attack_name, epsilon)) for epsilon in EPSILONS]
+        middle.plot(accuracy, "-o", color=color, markersize=4, label=f"{label}: accuracy")
+        middle.plot(confidence, "--", color=color, label=f"{label}: mean confidence")
+        middle.fill_between(range(6), accuracy, confidence, color=color, alpha=0.12)
+        for kind, (style, what) in attacks.items():
+            values = 100 * np.mean([[s.accuracy(kind, epsilon) for epsilon in EPSILONS] for s in found], 0)
             if not np.isnan(values).any():
-                what = "made against the baseline" if attack_name == "transfer" else attack_name.upper()
                 right.plot(EPSILONS, values, style, color=color, markersize=4, label=f"{label}: {what}")
-    left.set_yticks(range(len(names)), [name.replace("_", " ") for name in names])
     left.set(xlabel="accuracy (%), mean of 5 severities; line: clean", xlim=(0, 100))
     middle.set(xlabel="severity of the corruption (0: clean)", ylabel="%", ylim=(0, 100))
     right.set(xlabel="largest change of a pixel, in 1/255", ylabel="accuracy (%)", ylim=(0, 100), xscale="log")
@@ -1374,12 +1258,10 @@ def report_claims(recipes, args):
     """Print the verdict on two recipes; write verdict.json, verdict.png and stress.png of the first changed run."""
     first, folder = recipes.baselines[0], recipes.arms[-1][0].folder
     dataset = first.config["dataset"]
-    what, keys, before = f"What the study says of one recipe, {first.name}", [], utils.recipe(first.config)
-    if recipes.changed:
-        after = utils.recipe(recipes.changed[0].config)
-        keys = [key for key in before | after if before.get(key) != after.get(key)]
-        changes = [f"{key} {after.get(key)} (was {before.get(key)})" for key in keys]
-        what = f"What changes with {', '.join(changes)}"
+    before, after = utils.recipe(first.config), utils.recipe(recipes.arms[-1][0].config)
+    keys = [key for key in before | after if before.get(key) != after.get(key)]  # none if there is one recipe
+    changes = ", ".join(f"{key} {after.get(key)} (was {before.get(key)})" for key in keys)
+    what = f"What changes with {changes}" if recipes.changed else f"What the study says of one recipe, {first.name}"
     seeds = " against ".join(", ".join(str(run.seed) for run in arm) for arm in recipes.arms)
     print("\n" + textwrap.fill(f"{what}; seeds {seeds}", 79))
     rows = judge(recipes, dataset == "synthetic")

@@ -64,22 +64,13 @@ def representative(failures, preds, labels, count):
     For 3: the most confident, the median, the nearest to the threshold. A rank whose pair of classes is taken
     gives way to the nearest rank that brings a new pair; fewer come back if there are not enough pairs.
     """
-    chosen, pairs = [], set()
-    for target in np.linspace(0, len(failures) - 1, count) if len(failures) else ():
-        for rank in np.argsort(np.abs(np.arange(len(failures)) - target), kind="stable"):
-            pair = (labels[failures[rank]], preds[failures[rank]])
-            if pair not in pairs:
-                pairs.add(pair)
-                chosen.append(failures[rank])
+    chosen = {}  # pair of classes: the failure that stands for it
+    for target in np.linspace(0, len(failures) - 1, count):
+        for i in failures[np.argsort(np.abs(np.arange(len(failures)) - target), kind="stable")]:
+            if (labels[i], preds[i]) not in chosen:
+                chosen[labels[i], preds[i]] = i
                 break
-    return chosen
-
-
-def over_seeds(outcomes):
-    """One of SEEDS, from a failure's outcomes in the control runs."""
-    if set(outcomes) == {"same wrong class"}:
-        return "all seeds"
-    return "some seeds" if "same wrong class" in outcomes else "this seed only"
+    return list(chosen.values())
 
 
 def make_rows(run, others, controls, failures, chosen, names):
@@ -104,7 +95,8 @@ def make_rows(run, others, controls, failures, chosen, names):
             row[f"{other.name}_wrong_probability"] = other.probs[i, pred]
             row[f"{other.name}_true_probability"] = other.probs[i, label]
         if controls:
-            row["over_seeds"] = over_seeds([row[f"{control.name}_outcome"] for control in controls])
+            same = [control.preds[i] == pred for control in controls]
+            row["over_seeds"] = SEEDS[0 if all(same) else 1 if any(same) else 2]
         rows.append(row | {"checkpoint": checkpoint})
     return rows
 
@@ -203,9 +195,8 @@ def read_runs(folders):
         raise ScriptError("RUN and --compare must be different runs, in folders with different names")
     first, *others = [Run(folder, config) for folder, config in opened]
     for run in others:
-        if run.config["dataset"] != first.config["dataset"] or not np.array_equal(run.labels, first.labels):
-            wrong = f"{run.folder} was evaluated on other images than {first.folder}"
-            raise ScriptError(f"{wrong}; compare runs on one data set")
+        if not np.array_equal(run.labels, first.labels):
+            raise ScriptError(f"{run.folder} was evaluated on other images than {first.folder}; use one data set")
     return first, others
 
 
@@ -241,10 +232,8 @@ def main(argv=None):
         return rows
 
     print("representative: evenly spread over the ranks, one per pair of classes")
-    for row in rows:
-        if row["representative"]:
-            words = f"{row['true']} taken for {row['predicted']}"
-            print(f"  image {row['index']:>5}: {words}, {100 * row['confidence']:.1f} %")
+    for row in [row for row in rows if row["representative"]]:
+        print(f"  image {row['index']:>5}: {row['true']} taken for {row['predicted']}, {100 * row['confidence']:.1f} %")
     for other in others:
         print_fate(run, other, controls, failures, rows, args.threshold)
     if controls:

@@ -41,7 +41,6 @@ import difflib
 import math
 import textwrap
 import warnings
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -104,22 +103,16 @@ def grad_cam(model, images, targets, layer="layer4"):
 
 
 def check_arguments(model, images, targets, layer):
-    """The module that layer is or names; ValueError for what grad_cam cannot work with.
-
-    Images in 0..1 that were not normalised pass: normalised ones of low contrast look alike.
-    """
+    """The module that layer is or names; ValueError for what grad_cam cannot work with."""
     shaped = isinstance(images, torch.Tensor) and images.ndim == 4 and images.shape[1] == 3
-    if not shaped or not images.is_floating_point() or (images.abs() > 10).any():
-        how = "data.normalize makes them from uint8 (N, 32, 32, 3)"
-        raise ValueError(f"images must be normalised floats (N, 3, H, W); {how}")
-    whole = isinstance(targets, torch.Tensor) and targets.dtype == torch.int64
-    if not whole or targets.shape != images.shape[:1]:
-        raise ValueError("targets must be int64 (N,), a class for each image, such as torch.tensor([3])")
+    sound = shaped and images.is_floating_point() and not (images.abs() > 10).any()  # in 0..1: may be low contrast
+    utils.require(sound, "images must be normalised floats (N, 3, H, W), as data.normalize makes them")
+    fitting = isinstance(targets, torch.Tensor) and targets.dtype == torch.int64 and targets.shape == images.shape[:1]
+    utils.require(fitting, "targets must be int64 (N,), a class for each image, such as torch.tensor([3])")
     modules = dict(model.named_modules())
     module = modules.get(layer, layer)
-    if not any(module is known for known in modules.values()):
-        parts = ", ".join(name for name, _ in model.named_children())
-        raise ValueError(f"the network has no layer {layer}; its parts are {parts}")
+    parts = ", ".join(name for name, _ in model.named_children())
+    utils.require(module in modules.values(), f"the network has no layer {layer}; its parts are {parts}")
     return module
 
 
@@ -149,15 +142,14 @@ def border_energy(maps):
 
 
 def spearman(first, second):
-    """Spearman's rank correlation (N,) of the rows of two (N, cells) arrays; NaN where a row is constant."""
+    """Spearman's rank correlation (N,) of the rows of two (N, cells) tensors; NaN where a row is constant."""
 
     def ranks(x):  # twice the mean rank, around 0: how many cells are smaller, plus how many are not larger
-        rank = (x[:, :, None] > x[:, None]).sum(2) + (x[:, :, None] >= x[:, None]).sum(2)
-        return rank - rank.mean(1, keepdims=True)
+        rank = ((x[:, :, None] > x[:, None]).sum(2) + (x[:, :, None] >= x[:, None]).sum(2)).double()
+        return rank - rank.mean(1, keepdim=True)
 
     a, b = ranks(first), ranks(second)
-    with np.errstate(invalid="ignore"):
-        return (a * b).sum(1) / np.sqrt((a**2).sum(1) * (b**2).sum(1))
+    return (a * b).sum(1) / ((a**2).sum(1) * (b**2).sum(1)).sqrt()  # 0 / 0 is NaN
 
 
 def sanity_checks(model, untrained, images, classes, layer):
@@ -175,11 +167,8 @@ def sanity_checks(model, untrained, images, classes, layer):
         "random_weights": make_maps(untrained, images, classes, layer),
         "another_image": own.roll(1, 0) if len(own) > 1 else torch.zeros_like(own),
     }
-    sanity = {}
-    for name, maps in others.items():
-        rho = spearman(own.flatten(1).numpy(), maps.flatten(1).numpy())
-        sanity[name] = mean_interval(np.abs(rho))[0]
-    return sanity
+    rhos = {name: spearman(own.flatten(1), maps.flatten(1)) for name, maps in others.items()}
+    return {name: mean_interval(rho.abs().numpy())[0] for name, rho in rhos.items()}
 
 
 def sanity_in_words(sanity):
@@ -266,8 +255,7 @@ def attention_figures(model, images, classes, layer):
         batch, target = normalize(images[part].to(device)), classes[part]
         ends = [probability(model, x, target) for x in (batch, torch.zeros_like(batch), blur(batch))]
         drops = occlusion_drops(model, batch, target, ends[0])
-        kinds = (maps[part], shuffled[part], others[part])
-        areas = [insertion_minus_deletion(model, batch, target, kind, *ends) for kind in kinds]
+        areas = [insertion_minus_deletion(model, batch, target, kind[part], *ends) for kind in (maps, shuffled, others)]
         found.append(torch.stack([border_energy(maps[part]).double(), *drops, *areas]))
     figures = dict(zip(FIGURES, torch.cat(found, 1).numpy()))
     if len(maps) == 1:
@@ -353,19 +341,18 @@ def points(rows):
 def attention_table(rows):
     """attention.csv as text: means, and the mean difference within the pairs with its 95 % interval."""
     failed = [row for row in rows if row["group"] == "failure"]
-    correct = [row for row in rows if row["group"] == "matched"]
-    pairs = [(failed[row["pair"]], row) for row in correct]
-    failures, matched, partners = points(failed), points(correct), points([first for first, _ in pairs])
+    correct = [row for row in rows if row["group"] == "matched"]  # the k-th is the partner of failure k
+    failures, matched, n = points(failed), points(correct), len(correct)
     lines = [f"{'mean, in percentage points':<36} failures  matched  difference [95 %]"]
     for name in failures:
-        difference, low, high = mean_interval(partners[name] - matched[name])
+        difference, low, high = mean_interval(failures[name][:n] - matched[name])
         interval = "" if math.isnan(low) else f" [{low:+.1f}, {high:+.1f}]"
         a, b = mean_interval(failures[name])[0], mean_interval(matched[name])[0]
         lines.append(f"{name:<36} {a:8.1f} {b:8.1f} {difference:+7.1f}{interval}")
-    alike = sum(first["predicted"] == second["predicted"] for first, second in pairs)
-    apart = np.mean([abs(first["confidence"] - second["confidence"]) for first, second in pairs] or [np.nan])
-    lines.append(f"{len(pairs)} pairs, {alike} of one predicted class, mean confidence gap {apart:.3f}")
-    if len(pairs) < FEWEST:
+    alike = sum(a["predicted"] == b["predicted"] for a, b in zip(failed, correct))
+    apart = np.mean([abs(a["confidence"] - b["confidence"]) for a, b in zip(failed, correct)] or [np.nan])
+    lines.append(f"{n} pairs, {alike} of one predicted class, mean confidence gap {apart:.3f}")
+    if n < FEWEST:
         lines.append(f"Fewer than {FEWEST} pairs give no interval.")
     return "\n".join(lines)
 
@@ -510,12 +497,10 @@ def parse_args(argv):
     add("--layer", help="a module, such as layer3 or layer4.0 (default: the last that has a map)")
     utils.add_common_flags(parser)
     args = parser.parse_args(argv)
-    if args.index is not None:
-        args.index = list(dict.fromkeys(args.index))
-        if not all(0 <= i < 10_000 for i in args.index):
-            parser.error(f"--index {' '.join(map(str, args.index))} must be in 0..9999")
-        if len(args.index) > 64:
-            parser.error(f"--index has {len(args.index)} images; 64 fit into one picture")
+    if args.index:
+        args.index = list(dict.fromkeys(args.index))  # each once
+        if len(args.index) > 64 or min(args.index) < 0 or max(args.index) > 9999:
+            parser.error(f"--index {' '.join(map(str, args.index))} must be up to 64 images in 0..9999")
     if args.image is not None and args.target == "true":
         parser.error("--target true needs a known class; with --image use predicted or a class")
     return args
@@ -528,8 +513,7 @@ def class_label(text, names):
     if text.isdecimal() and int(text) < len(names):
         return int(text)
     near = ", ".join(difflib.get_close_matches(text, names, 3, cutoff=0))
-    what = f"a number in 0..{len(names) - 1} or a name, such as {near}"
-    raise ScriptError(f"--target {text} is no class; use {what}")
+    raise ScriptError(f"--target {text} is no class; use a number in 0..{len(names) - 1} or a name, such as {near}")
 
 
 def read_failures(run_dir, checkpoint):
@@ -546,41 +530,24 @@ def read_failures(run_dir, checkpoint):
     return rows
 
 
-@dataclass
 class Subject:
-    """A run's network, and what to explain of it."""
+    """What the command line asks about: a run's network, its data set, a target and a layer."""
 
-    run_dir: Path
-    dataset: str
-    data_dir: str
-    model: torch.nn.Module
-    trained: dict  # train.py's arguments
-    target: str | int  # "predicted", "true" or a label
-    layer: str
-
-    @property
-    def names(self):
-        return class_names(self.dataset)
-
-
-def open_subject(args):
-    """The Subject of the command line."""
-    device = utils.select_device(args.device)
-    run_dir, config = utils.open_run(args.run)
-    dataset, data_dir = utils.dataset_of(run_dir, config, args)
-    target = args.target
-    if target not in ("predicted", "true"):
-        target = class_label(target, class_names(dataset))
-    checkpoint = utils.load_checkpoint(run_dir / "best.pt")
-    model = utils.network(checkpoint, run_dir / "best.pt", device)
-    trained = utils.NEWER_FLAGS | checkpoint["args"]
-    last = LAST_MAP[trained["model"]]
-    layer = args.layer or last
-    try:
-        grad_cam(model, torch.zeros(1, 3, 32, 32, device=device), torch.tensor([0]), layer)
-    except ValueError as error:
-        raise ScriptError(f"--layer {layer}: {error}; try {last}") from None
-    return Subject(run_dir, dataset, data_dir, model, trained, target, layer)
+    def __init__(self, args):
+        device = utils.select_device(args.device)
+        self.run_dir, config = utils.open_run(args.run)
+        self.dataset, self.data_dir = utils.dataset_of(self.run_dir, config, args)
+        self.names = class_names(self.dataset)
+        self.target = args.target if args.target in ("predicted", "true") else class_label(args.target, self.names)
+        checkpoint = utils.load_checkpoint(self.run_dir / "best.pt")
+        self.model = utils.network(checkpoint, self.run_dir / "best.pt", device)
+        self.trained = utils.NEWER_FLAGS | checkpoint["args"]  # train.py's arguments
+        last = LAST_MAP[self.trained["model"]]
+        self.layer = args.layer or last
+        try:
+            grad_cam(self.model, torch.zeros(1, 3, 32, 32, device=device), torch.tensor([0]), self.layer)
+        except ValueError as error:
+            raise ScriptError(f"--layer {self.layer}: {error}; try {last}") from None
 
 
 def draw(subject, images, labels, captions, what, name):
@@ -607,14 +574,13 @@ def explain_test_images(subject, index):
     """Maps for these test images, or for the run's failures if index is None; returns the rows of gradcam.csv."""
     run_dir, run = subject.run_dir, utils.quote(subject.run_dir)
     checkpoint = utils.sha256(run_dir / "best.pt")
-    failures = read_failures(run_dir, checkpoint) if index is None else None
-    if failures == []:
+    failures = [] if index else read_failures(run_dir, checkpoint)
+    index = index or [row["index"] for row in failures]
+    if not index:
         print(f"{run_dir}/failures.csv is empty: no mistake is above the threshold.")
         print("A lower --threshold of failures.py lists some. To explain other images,")
         print(f"next: python gradcam.py {run} --index 0 1 2")
         return []
-    if failures:
-        index = [row["index"] for row in failures]
     images, labels = load_dataset(subject.dataset, subject.data_dir, train=False)
     rows, _ = explain(subject.model, images[index], labels[index], subject.target, subject.layer, subject.names)
     if failures and [row["true"] for row in rows] != [row["true"] for row in failures]:
@@ -625,9 +591,8 @@ def explain_test_images(subject, index):
     print(f"wrote {run_dir / 'gradcam.csv'}")
     empty = sum(row["map_max"] <= 0 for row in rows)
     print(f"  {empty} of {len(rows)} maps have no positive evidence for their target")
-    shown, what = index, ": test images"
-    if failures:
-        shown, what = [row["index"] for row in failures if row["representative"]], ": confident mistakes on test images"
+    shown = [row["index"] for row in failures if row["representative"]] or index
+    what = ": confident mistakes on test images" if failures else ": test images"
     draw(subject, images[shown], labels[shown], [f"test image {i}" for i in shown], what, "gradcam.png")
     if failures:
         report_attention(subject, index, (images, labels), checkpoint)
@@ -665,7 +630,7 @@ def report_attention(subject, failures, test_set, checkpoint):
 def main(argv=None):
     """Returns the rows of gradcam.csv as dicts; with --image, the five likeliest [(class, probability)]."""
     args = parse_args(argv)
-    subject = open_subject(args)
+    subject = Subject(args)
     if args.image is not None:
         return explain_file(subject, Path(args.image).expanduser())
     return explain_test_images(subject, args.index)

@@ -411,7 +411,7 @@ def test_train_resume_says_what_it_does():
         refused(train.main, again, 2, "incomplete")
     (run_dir / "last.pt").write_bytes(good)
     change_last(run_dir, split=1)
-    refused(train.main, again, 2, "NumPy splits")
+    refused(train.main, again, 2, "NumPy splits images")
     shutil.copy(run_dir / "best.pt", run_dir / "last.pt")
     refused(train.main, again, 2, "weights only")
     (run_dir / "last.pt").unlink()
@@ -990,7 +990,7 @@ def run_of(logits, labels, seed=42, name="run", temperature=1.0, **args):
 
 def test_metrics_against_loops():
     logits, labels = random_case()
-    scores = evaluate.score_images(logits, labels)
+    scores = evaluate.Scores(logits, labels)
     for i, label in enumerate(labels):
         weights = [math.exp(z) for z in logits[i]]
         probs = [w / math.fsum(weights) for w in weights]
@@ -1019,7 +1019,7 @@ def test_metrics_against_loops():
 def test_metrics_with_weights_are_those_of_repeated_images():
     logits, labels = random_case(1000)
     labels = np.sort(labels)
-    scores = evaluate.score_images(logits, labels)
+    scores = evaluate.Scores(logits, labels)
     counts = evaluate.resample(labels)[:3]
     assert (counts.sum(1) == 1000).all() and len(set(map(bytes, counts))) == 3
     for row in counts:  # each class is drawn from its own images
@@ -1028,7 +1028,7 @@ def test_metrics_with_weights_are_those_of_repeated_images():
     weighted = evaluate.metrics(scores, labels, counts.astype(np.float32))
     for k, row in enumerate(counts):
         repeated = np.repeat(np.arange(1000), row)
-        again = evaluate.score_images(logits[repeated], labels[repeated])
+        again = evaluate.Scores(logits[repeated], labels[repeated])
         for name, value in evaluate.metrics(again, labels[repeated], np.ones((1, 1000))).items():
             assert math.isclose(weighted[name][k], value[0], rel_tol=1e-4, abs_tol=1e-6), name
 
@@ -1160,10 +1160,10 @@ def test_verdict_intervals_cover_images_and_seeds():
         found = evaluate.with_noise(0.0, draws, noise * draws.var(), error * draws.std(), 10**9)
         assert abs(found.var() / draws.var() / expected - 1) < 0.02, (noise, error)
     rows = np.random.default_rng(1).normal(size=(2, 2000))
-    arm = evaluate.Arm(np.array([0.1, 0.3]), rows)
+    arm = evaluate.Arm(list(zip([0.1, 0.3], rows)))
     assert math.isclose(arm.image_noise, (rows - rows.mean(0)).var(1).sum() / 2)
-    assert evaluate.Arm(np.array([0.1]), rows[:1]).image_noise == 0
-    deviation, degrees = evaluate.spread([arm, evaluate.Arm(np.array([1.0, 1.4]), rows)])
+    assert evaluate.Arm([(0.1, rows[0])]).image_noise == 0
+    deviation, degrees = evaluate.spread([arm, evaluate.Arm(list(zip([1.0, 1.4], rows)))])
     assert degrees == 2 and math.isclose(deviation, math.sqrt((2 * 0.1**2 + 2 * 0.2**2) / 2))
 
 
@@ -1245,15 +1245,14 @@ def test_verdict_peaks_are_those_of_the_other_runs():
         run.folder.mkdir()
         rows = [{"epoch": e, "val_acc": v / 10, "val_loss": -v / 10} for e, v in enumerate(curves[run.name], 1)]
         utils.write_csv(run.folder / "log.csv", rows)
-    recipes = evaluate.Recipes(runs, [], None)
-    for column, sign in (("val_acc", 1), ("val_loss", -1)):
-        estimate = evaluate.worse_after_peak(column, sign, 0)(recipes)
+    for column in ("val_acc", "val_loss"):
+        estimate = evaluate.worse_after_peak(runs, column)
         # The others of a peak in epoch 1: 0.1 against 0.3. Those of b and c peak in 2: 0.1 against 0.2, and 0.1.
         assert math.isclose(estimate.figure, np.mean([-0.2, -0.1, 0.0])), estimate
         assert math.isclose(estimate.control_value, np.mean([1, 2, 2]))
     (runs[0].folder / "log.csv").unlink()
     (runs[1].folder / "log.csv").write_text("epoch,val_acc,val_loss\n")
-    estimate, printed = quietly(evaluate.worse_after_peak("val_acc", 1, 0), recipes)
+    estimate, printed = quietly(evaluate.worse_after_peak, runs, "val_acc")
     assert estimate.figure is None and "left out" in printed
 
 
@@ -1757,7 +1756,8 @@ def test_gradcam_border_energy_spearman_and_matches_by_hand():
     others = np.array([[10, 30, 20, 40], [4, 3, 1, 2], [1, 2, 3, 4]], float)
     # ranks 1 2.5 2.5 4 and 4 3 1 2: covariance (-1.5 * 1.5 + 0 + 0 + 1.5 * -0.5) / sqrt(4.5 * 5)
     expected = [0.8, -3 / math.sqrt(4.5 * 5), math.nan]
-    assert np.allclose(gradcam.spearman(rows, others), expected, equal_nan=True)
+    found = gradcam.spearman(torch.from_numpy(rows), torch.from_numpy(others))
+    assert np.allclose(found, expected, equal_nan=True)
     # The nearest, each once, in the order of the failures; no more than there are; of one class if 0.02 allow it.
     for classes, candidates, candidate_classes, expected in (
         ([7, 7, 7], [0.5, 0.92, 0.949, 0.99], [7, 7, 7, 7], [2, 1, 3]),

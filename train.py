@@ -14,7 +14,6 @@ same number of threads, a resumed run is bit-identical to one that was never
 stopped; on a GPU that needs --deterministic.
 """
 
-import contextlib
 import ctypes
 import io
 import math
@@ -185,20 +184,16 @@ def configure(device, deterministic):
 # ---- a run directory ------------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
 def exclusive(run_dir):
-    """Refuse a second process in run_dir."""
+    """An open lock file in run_dir: until it is closed, a second process is refused."""
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         file = open(run_dir / ".lock", "w")
     except OSError as error:
-        reason = error.strerror
-        raise ScriptError(f"cannot write to {run_dir} ({reason}); choose another --output-dir") from None
-    with file:
-        if not utils.lock(file):
-            advice = "wait for it, or choose another --output-dir"
-            raise ScriptError(f"another process is training in {run_dir}; {advice}")
-        yield
+        raise ScriptError(f"cannot write to {run_dir} ({error.strerror}); choose another --output-dir") from None
+    if not utils.lock(file):
+        raise ScriptError(f"another process is training in {run_dir}; wait for it, or choose another --output-dir")
+    return file
 
 
 def load_last(run_dir, args):
@@ -222,8 +217,7 @@ def load_last(run_dir, args):
     for name, old in (utils.NEWER_FLAGS | checkpoint["args"]).items():
         new, flag = getattr(args, name, None), "--" + name.replace("_", "-")
         if name not in utils.PLACES and new != old:
-            advice = f"repeat the flags of its start, or {elsewhere}"
-            raise ScriptError(f"{run_dir} was started with {flag} {old}, not {new}; {advice}")
+            raise ScriptError(f"{run_dir} was started with {flag} {old}, not {new}; repeat its flags, or {elsewhere}")
     return checkpoint
 
 
@@ -279,8 +273,7 @@ def draw_curves(run_dir, args, history, best_epoch):
         axes.set(xlabel="epoch", ylabel=label)
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.legend()
-    name = run_dir.resolve().name  # of "." too
-    figure.suptitle(f"Training {MODELS[args.model]} on {TITLES[args.dataset]}: {name}")
+    figure.suptitle(f"Training {MODELS[args.model]} on {TITLES[args.dataset]}: {run_dir.resolve().name}")  # of "." too
     utils.save_figure(figure, run_dir / "curves.png")
 
 
@@ -314,8 +307,7 @@ def check_finite(loss, dtype, step, history):
     if not math.isfinite(loss):
         kept = f"last.pt is of epoch {len(history)}" if history else "nothing was saved yet"
         remedy = "a lower --lr or --amp off" if dtype is torch.float16 else "a lower --lr"
-        message = f"training diverged (loss is NaN or infinite) by step {step}; {kept}; try {remedy}"
-        raise ScriptError(message, code=1)
+        raise ScriptError(f"training diverged (loss is NaN or infinite) by step {step}; {kept}; try {remedy}", code=1)
 
 
 def announce(run_dir, args, setup, sizes, reason):
@@ -345,8 +337,7 @@ def train(args, device, precision, run_dir, checkpoint, history):
     train_index, val_index = split_train_val(labels, args.val_size, args.seed)
     split = split_id(val_index)
     if checkpoint and checkpoint["split"] != split:
-        reason = "this version of NumPy splits training and validation images differently"
-        raise ScriptError(f"{run_dir}: {reason}; resume with the version in config.json")
+        raise ScriptError(f"{run_dir}: this NumPy splits images differently; resume with the version in config.json")
     train_index = train_index[: args.limit]
     train_images, train_labels = pad(images[train_index]).to(device), labels[train_index].to(device)
     val_images, val_labels = images[val_index].to(device), labels[val_index].to(device)
@@ -425,7 +416,7 @@ def train(args, device, precision, run_dir, checkpoint, history):
                 seconds, mean_loss = time.monotonic() - begin, loss_sum.item() / (i + 1)
                 show_progress(progress, args, epoch, i + 1, steps_per_epoch, seconds, mean_loss)
             if step == 9 and device.type == "cpu" and not args.compile:
-                hours = (time.monotonic() - begin) / 10 * total_steps / 3600
+                hours = (time.monotonic() - begin) / (i + 1) * total_steps / 3600
                 if hours > 1.5:
                     progress.clear()
                     print(f"about {hours:.0f} h here; for a first look: python train.py --quick", flush=True)
@@ -487,9 +478,8 @@ def finish(run_dir, args, checkpoint):
     _, config = utils.open_run(run_dir)
     utils.write_json(run_dir / "config.json", config | {"finished": True})
     write_log(run_dir, args, history, best_epoch)
-    seconds = sum(row["seconds"] for row in history)
-    best = f"best validation accuracy {100 * best_acc:.2f} % in epoch {best_epoch}"
-    print(f"{best}; trained for {duration(seconds)}")
+    spent = duration(sum(row["seconds"] for row in history))
+    print(f"best validation accuracy {100 * best_acc:.2f} % in epoch {best_epoch}; trained for {spent}")
     print(f"wrote {', '.join(FILES)} to {run_dir}")
     print(f"next: python evaluate.py {utils.quote(run_dir)}")
     return {"run_dir": str(run_dir), "best_epoch": best_epoch, "val_acc": best_acc}
@@ -511,10 +501,8 @@ def main(argv=None):
             checkpoint = train(args, device, precision, run_dir, checkpoint, history)
         except KeyboardInterrupt as interrupt:
             code = 143 if isinstance(interrupt, utils.Terminated) else 130
-            kept = "nothing was saved yet; start again with the same command"
-            if history:
-                kept = f"last.pt holds epoch {len(history)}; the same command with --resume continues"
-            raise ScriptError(f"stopped in epoch {len(history) + 1}; {kept}", code) from None
+            kept = f"last.pt holds epoch {len(history)}" if history else "nothing was saved yet"
+            raise ScriptError(f"stopped in epoch {len(history) + 1}; {kept}; add --resume to continue", code) from None
         except Exception as error:
             compiler = type(error).__module__.startswith(("torch._dynamo", "torch._inductor"))
             if args.compile and (compiler or "torch.compile" in str(error)):

@@ -263,8 +263,7 @@ def read_csv(path, made_by, what, columns):
         missing = columns.keys() - set(reader.fieldnames or ())
         require(not missing, f"it lacks {', '.join(sorted(missing))}")
         rows = list(reader)
-        whole = all(None not in row and None not in row.values() for row in rows)
-        require(whole, "a row is cut short or too long")
+        require(all(None not in row and None not in row.values() for row in rows), "a row is cut short or too long")
         return [row | {name: kind(row[name]) for name, kind in columns.items()} for row in rows]
 
     return read(path, parse, what, made_by)
@@ -401,8 +400,7 @@ def load_logits(run_dir, split):
         require(array.min() >= 0 and array.max() < 100, "labels outside 0..99")
 
     def load(name, what, check):
-        made_by = f"python evaluate.py {quote(run_dir)}"
-        return read_npy(Path(run_dir) / name, made_by, what, check, known.get(name))
+        return read_npy(Path(run_dir) / name, f"python evaluate.py {quote(run_dir)}", what, check, known.get(name))
 
     known = recorded_checksums(run_dir) if (Path(run_dir) / "metrics.json").exists() else {}
     logits = load(f"{split}_logits.npy", "the logits of a run", check_logits)
@@ -596,12 +594,12 @@ class Progress:
             print("\r" + " " * (shutil.get_terminal_size().columns - 1) + "\r", end="")
 
 
-def track(items, what):
-    """Yield the items of a sequence, showing how many are done and the time left."""
-    progress, start = Progress(), time.monotonic()
+def track(items, what, costs=None):
+    """Yield the items of a sequence, showing how many are done and the time left. costs: of each, if they differ."""
+    costs, progress, start = costs or [1] * len(items), Progress(), time.monotonic()
     for done, item in enumerate(items):
         if done and progress.due():
-            left = (time.monotonic() - start) / done * (len(items) - done)
+            left = (time.monotonic() - start) / sum(costs[:done]) * sum(costs[done:])
             progress.show(f"{what} {done}/{len(items)}, {duration(left)} left")
         yield item
     progress.clear()

@@ -41,7 +41,7 @@ def coverage(count, seeds):
         arms = []
         for _ in range(2):
             runs = [run.raw.correct for run in simulated_runs(LABELS, seeds, rng, images=number)]
-            arms.append(evaluate.arm_of([(hit.mean(), evaluate.weighted_mean(hit, weights)) for hit in runs]))
+            arms.append(evaluate.Arm([(hit.mean(), evaluate.weighted_mean(hit, weights)) for hit in runs]))
         low, high = evaluate.interval(evaluate.change(arms).draws)
         covered += low < 0 < high
     return covered
