@@ -4,9 +4,10 @@
     python .ci/simulate.py 120         # so many studies of each kind; half a second each
 
 Two recipes that do not differ, with two or three seeds each and test images of their own in every study: no row
-may be "supported" in more than 5 % of them, whether the confidence of seeds differs little or much, and the interval of the accuracy's change should cover 0 in 92 to 97 %
-(from four times as many studies of the accuracy alone, with all resamples). Then a changed recipe that is better by
-one point or two: how often does the interval of the accuracy's change leave out 0?
+may be "supported" in more than 5 % of them, whether the confidence of seeds differs little or much, and the
+interval of the accuracy's change should cover 0 in 92 to 97 % (from four times as many studies of the accuracy
+alone, with all resamples). Then a changed recipe that is better by one point or two: how often does the interval
+of the accuracy's change leave out 0?
 """
 
 import sys
