@@ -1148,8 +1148,9 @@ def draw_stress(path, arms, title):
         middle.plot(confidence, "--", color=color, label=f"{label}: mean confidence")
         middle.fill_between(range(6), accuracy, confidence, color=color, alpha=0.12)
         for kind, (style, what) in attacks.items():
-            values = 100 * np.mean([[s.accuracy(kind, epsilon) for epsilon in EPSILONS] for s in found], 0)
-            if not np.isnan(values).any():
+            measured = [s for s in found if not math.isnan(s.accuracy(kind, EPSILONS[0]))]
+            if measured:
+                values = 100 * np.mean([[s.accuracy(kind, epsilon) for epsilon in EPSILONS] for s in measured], 0)
                 right.plot(EPSILONS, values, style, color=color, markersize=4, label=f"{label}: {what}")
     left.set(xlabel="accuracy (%), mean of 5 severities; line: clean", xlim=(0, 100))
     middle.set(xlabel="severity of the corruption (0: clean)", ylabel="%", ylim=(0, 100))
