@@ -51,7 +51,7 @@ UNSCALED = {  # metrics that a temperature leaves alone
     "superclass_accuracy", "errors_within_superclass",
 }  # fmt: skip
 MARGIN = 0.01  # accuracies within a point of each other count as the same
-RESAMPLES, BLOCK = 2000, 50  # bootstrap resamples of the test images, and how many are handled at once
+RESAMPLES, BLOCK = 2000, 100  # bootstrap resamples of the test images, and how many are handled at once
 
 
 # ---- logits ---------------------------------------------------------------------------------------------
@@ -125,12 +125,13 @@ def fit_temperature(logits, labels):
     so its slope, the mean of (sum_k p_k z_k) - z_y, changes sign once: bisection. Where it does not, as with no
     error at all, the nearer bound comes back.
     """
+    logits = logits - logits.max(1, keepdims=True)  # so that exp() cannot overflow
     true_logits = logits[np.arange(len(labels)), labels]
     low, high = 0.01, 100.0
     for _ in range(45):  # ln(high / low) from 9.2 to 3e-13
         b = math.sqrt(low * high)
-        probs = np.exp(log_softmax(b * logits))
-        if ((probs * logits).sum(1) - true_logits).mean() > 0:
+        p = np.exp(b * logits)
+        if (np.einsum("nc,nc->n", p, logits) / p.sum(1) - true_logits).mean() > 0:
             high = b
         else:
             low = b
@@ -210,27 +211,19 @@ def metrics(scores, labels, weights):
         "signed_gap": gap,  # above 0: more confident than right
         "confident_errors": s.failures,
     }
+    gap_in_bins = gap[:, None] * (calibration_bins(s.confidence)[:, None] == np.arange(15))
     # float64: in float32 the order of the sums, which threads change, would show in the sixth digit
-    means = w.astype(np.float64) @ np.stack(list(columns.values()), 1).astype(np.float64) / n[:, None]
+    means = w.astype(np.float64) @ np.column_stack([*columns.values(), gap_in_bins]) / n[:, None]
     found = dict(zip(columns, means.T))
+    found["ece"] = np.abs(means[:, len(columns) :]).sum(1)  # see utils.calibration_error
     with np.errstate(invalid="ignore", divide="ignore"):
         found["errors_within_superclass"] = found["errors_within_superclass"] / (1 - found["accuracy"])
-    gaps = sum_by(calibration_bins(s.confidence), (w * gap).astype(w.dtype), 15)
-    found["ece"] = np.abs(gaps).sum(1) / n  # see utils.calibration_error
-    hits = sum_by(labels, w * s.correct, NUM_CLASSES)
-    images, predicted = sum_by(labels, w, NUM_CLASSES), sum_by(s.pred, w, NUM_CLASSES)
-    macro = utils.macro_scores_from_counts(hits, images, predicted)
+    true, predicted = (np.eye(NUM_CLASSES, dtype=w.dtype)[classes] for classes in (labels, s.pred))  # (N, 100)
+    counts = w @ np.hstack([true * s.correct[:, None], true, predicted])
+    macro = utils.macro_scores_from_counts(*np.split(counts, 3, axis=1))
     found["macro_precision"], found["macro_recall"], found["macro_f1"] = macro
     found["aurc"], found["auroc_failure"] = rank_by_confidence(s.confidence, wrong, w)
     return found
-
-
-def sum_by(group, values, count):
-    """Sums (R, count) of values (R, N) over the columns of each group; group (N,) in 0..count - 1."""
-    order = np.argsort(group, kind="stable")
-    cumulative = np.cumsum(values[:, order], 1)
-    ends = np.searchsorted(group[order], np.arange(count), side="right")
-    return np.diff(cumulative[:, ends - 1] * (ends > 0), axis=1, prepend=0)
 
 
 def rank_by_confidence(confidence, wrong, w):
@@ -241,15 +234,14 @@ def rank_by_confidence(confidence, wrong, w):
     one), ties half; NaN without errors or without hits.
     """
     order = np.argsort(-confidence, kind="stable")
-    last = np.flatnonzero(np.diff(confidence[order], append=-1))  # of each group of equal confidence
-    drawn = w[:, order]
-    images_above = np.cumsum(drawn, 1)[:, last]  # the group included
-    errors_above = np.cumsum(drawn * wrong[order], 1)[:, last]
-    images, errors = np.diff(images_above, axis=1, prepend=0), np.diff(errors_above, axis=1, prepend=0)
-    n, wrong_n = images_above[:, -1], errors_above[:, -1]
-    aurc = (images * errors_above / np.maximum(images_above, 1)).sum(1, dtype=np.float64) / n
-    hits_above = images_above - errors_above
-    pairs = (errors * (hits_above - (images - errors) / 2)).sum(1, dtype=np.float64)
+    falling, wrong, drawn = -confidence[order], wrong[order], w.take(order, 1)
+    before = np.searchsorted(falling, falling) - 1  # the last image that is more confident; -1: there is none
+    last = np.searchsorted(falling, falling, "right") - 1  # the last one that is equally confident
+    images, errors = np.cumsum(drawn, 1), np.cumsum(drawn * wrong, 1)  # at least as confident
+    hits, n, wrong_n = images - errors, images[:, -1], errors[:, -1]
+    aurc = (drawn * errors.take(last, 1) / np.maximum(images.take(last, 1), 1)).sum(1, dtype=np.float64) / n
+    above = hits[:, before[wrong]] * (before[wrong] >= 0) + hits[:, last[wrong]]  # ties once, the others twice
+    pairs = (drawn[:, wrong] * above).sum(1, dtype=np.float64) / 2
     with np.errstate(invalid="ignore"):
         return aurc, pairs / (wrong_n * (n - wrong_n))
 
@@ -432,11 +424,11 @@ def errors_at_equal_coverage(recipes):
 
     def error_rate(run):
         order = np.argsort(-run.raw.confidence, kind="stable")
-        wrong, draws = ~run.raw.correct[order], []
-        for w in blocks_of(recipes.weights):
-            images, errors = np.cumsum(w[:, order], 1), np.cumsum(w[:, order] * wrong, 1)
-            draws += [np.interp(count, *row) / count for row in zip(images, errors)]
-        return wrong[:count].mean(), np.array(draws)
+        wrong, errors = (~run.raw.correct[order]).astype(np.float32), []
+        for w in blocks_of(recipes.weights.take(order, 1)):
+            taken = np.clip(count - np.cumsum(w, 1) + w, 0, w)  # of each image, until there are enough
+            errors.append(taken @ wrong)
+        return wrong[:count].mean(), np.concatenate(errors) / count
 
     return change(recipes.quantity(error_rate))
 
