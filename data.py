@@ -161,8 +161,7 @@ def fetch(url):
                 if seconds > TIMEOUT and left > 600 and not warned:
                     warned = True
                     progress.clear()
-                    print(f"this takes {duration(left)}; another server has the same file:", flush=True)
-                    print(f"  --data-url {other}", flush=True)
+                    print(f"this takes {duration(left)}; another server has it, too:\n  --data-url {other}", flush=True)
                 if progress.due():
                     speed = f"{len(content) / 1e6 / seconds:.2f} MB/s"
                     progress.show(f"{done:.0%} of {ARCHIVE_SIZE // 10**6} MB, {speed}, {duration(left)} left")
@@ -308,9 +307,8 @@ STRENGTHS = {  # at severity 1, 2, 3, 4, 5
     "fog": ((0.2, 3), (0.5, 3), (0.75, 2.5), (1, 2), (1.5, 1.75)),  # thickness, smoothness
     "brightness": (0.05, 0.1, 0.15, 0.2, 0.3),  # added to the V of HSV
     "contrast": (0.75, 0.5, 0.4, 0.3, 0.15),  # factor
-    "elastic_transform": (  # shift of three points; amplitude and sigma of the field that moves each pixel
-        (2.56, 0, 0), (2.24, 1.6, 6.4), (1.92, 2.56, 1.92), (1.6, 3.2, 1.28), (0.96, 3.2, 0.96),
-    ),
+    # shift of three points; amplitude and sigma of the field that moves each pixel
+    "elastic_transform": ((2.56, 0, 0), (2.24, 1.6, 6.4), (1.92, 2.56, 1.92), (1.6, 3.2, 1.28), (0.96, 3.2, 0.96)),
     "pixelate": (30, 28, 27, 24, 20),  # pixels to a side
     "jpeg_compression": (80, 65, 58, 50, 40),  # quality
 }
@@ -327,17 +325,14 @@ def corrupt(images, name, severity, seed=0):
     """
     require(name in CORRUPTIONS, f"unknown corruption {name!r}; there are {', '.join(CORRUPTIONS)}")
     require(severity in range(1, 6), f"severity {severity!r} is not one of 1, 2, 3, 4, 5")
-    dtype, shape = getattr(images, "dtype", ""), tuple(getattr(images, "shape", ()))
-    found = f"{type(images).__name__} {dtype} {shape}"
-    sound = dtype == torch.uint8 and shape[1:] == (32, 32, 3)
-    require(sound, f"images must be a uint8 tensor (N, 32, 32, 3), not {found}")
+    sound = isinstance(images, torch.Tensor) and images.dtype == torch.uint8 and images.shape[1:] == (32, 32, 3)
+    require(sound, "images must be a uint8 tensor (N, 32, 32, 3), as load_cifar100 returns them")
     corrupted = torch.empty_like(images)
     for start in range(0, len(images), 500):  # in blocks, to save memory
         block = images[start : start + 500].numpy()
         rngs = [np.random.default_rng([seed, CORRUPTIONS.index(name), severity, start + i]) for i in range(len(block))]
-        pixels = _corrupted(block, name, STRENGTHS[name][severity - 1], rngs)
-        pixels = (np.clip(pixels, 0, 1) * 255).astype(np.uint8)  # truncates, as the original does
-        corrupted[start : start + 500] = torch.from_numpy(pixels)
+        pixels = np.clip(_corrupted(block, name, STRENGTHS[name][severity - 1], rngs), 0, 1) * 255
+        corrupted[start : start + 500] = torch.from_numpy(pixels.astype(np.uint8))  # truncates, as the original does
     return corrupted
 
 

@@ -1316,7 +1316,7 @@ def main(argv=None):
         report_claims(Recipes(arms[0], changed, weights), args)
     others = [utils.quote(run.folder) for run in [arm[0] for arm in arms[1:]] + arms[0][1:]]
     compare = f" --compare {' '.join(others)}" if others else ""
-    print(f"next: python failures.py {utils.quote(runs[0].folder)}{compare}")
+    print(f"next: python failures.py {utils.quote(runs[0].folder)}{compare}{utils.data_flag(args)}")
     return {str(run.folder): run.values for run in runs}
 
 

@@ -151,14 +151,12 @@ def draw(path, images, rows, title, other):
     title += f"\nother: what {other} predicts" if other else ""
     chosen = [row for row in rows if row["representative"]]
     others = [row for row in rows if not row["representative"]][:SHOWN]
-    cells = chosen + [None] * (-len(chosen) % 6) + others  # six in a row
-    cells += [None] * (-len(cells) % 6)
-    height = len(cells) // 6
+    first = math.ceil(len(chosen) / 6)  # rows of the representative ones, six in a row
+    height = first + math.ceil(len(others) / 6)
     figure, grid = utils.new_figure(13.2, 2.95 * height + 0.9, height, 6, squeeze=False)
-    for axes, row in zip(grid.flat, cells):
+    for axes in grid.flat:
         axes.axis("off")
-        if row is None:
-            continue
+    for axes, row in zip([*grid.flat[: len(chosen)], *grid[first:].flat], chosen + others):
         lines = [f"true: {row['true']}", f"predicted: {row['predicted']}"]
         lines += [f"{100 * row['confidence']:.1f} %, image {row['index']}"]
         if other:
@@ -202,10 +200,9 @@ def read_runs(folders):
 
 def command_that_finds_some(run, args):
     """This command with a threshold that the ten most confident mistakes exceed."""
-    mistakes = run.failures(0)[:10]
-    threshold = max(0, math.floor(100 * run.confidence[mistakes[-1]] - 1e-9)) / 100
+    tenth = run.confidence[run.failures(0)[:10]].min()
     compare = ["--compare", *args.compare] if args.compare else []
-    words = ["python", "failures.py", args.run, "--threshold", str(threshold), *compare]
+    words = ["python", "failures.py", args.run, "--threshold", str(math.floor(100 * tenth - 1e-9) / 100), *compare]
     return " ".join(map(utils.quote, words))
 
 
@@ -224,11 +221,10 @@ def main(argv=None):
     picture = run.folder / "failures.png"
     if utils.write_csv(run.folder / "failures.csv", rows, None if rows else COLUMNS):
         picture.unlink(missing_ok=True)  # it shows the old failures
-    data_flag = f" --data-dir {utils.quote(args.data_dir)}" if args.data_dir else ""
     if not rows:
         print(f"nothing to show; wrote an empty failures.csv to {run.folder}")
         if not run.correct.all():
-            print(f"next: {command_that_finds_some(run, args)}{data_flag}")
+            print(f"next: {command_that_finds_some(run, args)}{utils.data_flag(args)}")
         return rows
 
     print("representative: evenly spread over the ranks, one per pair of classes")
@@ -255,7 +251,7 @@ def main(argv=None):
     title = f"{run.name}: {what}, {len(rows):,} in all"
     draw(picture, images.numpy(), rows, title, others[0].name if others else None)
     print(f"wrote failures.png to {run.folder}")
-    print(f"next: python gradcam.py {utils.quote(run.folder)}{data_flag}")
+    print(f"next: python gradcam.py {utils.quote(run.folder)}{utils.data_flag(args)}")
     return rows
 
 

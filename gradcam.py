@@ -80,23 +80,22 @@ def grad_cam(model, images, targets, layer="layer4"):
     saved = {}
 
     def record(module, inputs, output):
-        if not isinstance(output, torch.Tensor) or output.ndim != 4:
-            raise ValueError(f"the output of layer {layer} is no map (N, K, h, w)")
+        utils.require(getattr(output, "ndim", 0) == 4, f"the output of layer {layer} is no map (N, K, h, w)")
         # A starts the graph: the backward pass ends here, whether or not the weights before it are frozen.
         saved["A"] = output.detach().float().requires_grad_()
         return saved["A"].clone()  # goes on through the network, which may change it in place
 
-    training = model.training
-    handle = module.register_forward_hook(record)
+    training, device = model.training, images.device
     try:
         model.eval()  # in training mode batch norm would mix the images
-        with torch.enable_grad(), torch.autocast(images.device.type, enabled=False):
-            images = images.float().contiguous(memory_format=utils.memory_format(images.device))
+        with module.register_forward_hook(record), torch.enable_grad(), torch.autocast(device.type, enabled=False):
+            images = images.float().contiguous(memory_format=utils.memory_format(device))
             logits = model(images)  # (N, C)
-            score = logits.gather(1, targets.to(images.device)[:, None]).sum()
+            unknown = ((targets < 0) | (targets >= logits.shape[1])).any()
+            utils.require(not unknown, f"targets outside 0..{logits.shape[1] - 1}")
+            score = logits.gather(1, targets.to(device)[:, None]).sum()
             (gradient,) = torch.autograd.grad(score, saved["A"])  # (N, K, h, w); no parameter gets a .grad
     finally:
-        handle.remove()
         model.train(training)
     alpha = gradient.mean((2, 3), keepdim=True)  # (N, K, 1, 1)
     return (alpha * saved["A"].detach()).sum(1)  # (N, h, w)
@@ -142,13 +141,13 @@ def border_energy(maps):
 
 
 def spearman(first, second):
-    """Spearman's rank correlation (N,) of the rows of two (N, cells) tensors; NaN where a row is constant."""
+    """Spearman's rank correlation (N,) of two tensors (N, ...), image by image; NaN where one is constant."""
 
     def ranks(x):  # twice the mean rank, around 0: how many cells are smaller, plus how many are not larger
         rank = ((x[:, :, None] > x[:, None]).sum(2) + (x[:, :, None] >= x[:, None]).sum(2)).double()
         return rank - rank.mean(1, keepdim=True)
 
-    a, b = ranks(first), ranks(second)
+    a, b = ranks(first.flatten(1)), ranks(second.flatten(1))
     return (a * b).sum(1) / ((a**2).sum(1) * (b**2).sum(1)).sqrt()  # 0 / 0 is NaN
 
 
@@ -167,8 +166,7 @@ def sanity_checks(model, untrained, images, classes, layer):
         "random_weights": make_maps(untrained, images, classes, layer),
         "another_image": own.roll(1, 0) if len(own) > 1 else torch.zeros_like(own),
     }
-    rhos = {name: spearman(own.flatten(1), maps.flatten(1)) for name, maps in others.items()}
-    return {name: mean_interval(rho.abs().numpy())[0] for name, rho in rhos.items()}
+    return {name: mean_interval(spearman(own, maps).abs().numpy())[0] for name, maps in others.items()}
 
 
 def sanity_in_words(sanity):
@@ -186,11 +184,10 @@ def sanity_in_words(sanity):
 # ---- attention: what hiding a part costs ----------------------------------------------------------------
 
 
-@torch.no_grad()
 def probability(model, images, classes):
     """Probability (N,) float64, on the CPU, of one class (N,) for each of the images (N, 3, H, W)."""
-    logits = model(images.contiguous(memory_format=utils.memory_format(images.device))).cpu().double()
-    return logits.softmax(1).gather(1, classes.cpu()[:, None])[:, 0]
+    images = images.contiguous(memory_format=utils.memory_format(images.device))
+    return utils.predict(model, [images]).cpu().double().softmax(1).gather(1, classes.cpu()[:, None])[:, 0]
 
 
 def occlusion_drops(model, images, classes, intact):
@@ -199,10 +196,8 @@ def occlusion_drops(model, images, classes, intact):
     Occluded: replaced by the mean colour, 0 in normalised images (N, 3, 32, 32). The border is the outermost 4
     pixels, 448 in all; the centre, the control, a square of 21x21 = 441.
     """
-    border = torch.ones(32, 32, dtype=torch.bool, device=images.device)
-    border[BORDER:-BORDER, BORDER:-BORDER] = False
-    centre = torch.zeros_like(border)
-    centre[5:26, 5:26] = True
+    border = F.pad(torch.zeros(24, 24, device=images.device), [BORDER] * 4, value=1).bool()
+    centre = F.pad(torch.ones(21, 21, device=images.device), [5, 6, 5, 6]).bool()
     return [intact - probability(model, images.masked_fill(mask, 0), classes) for mask in (border, centre)]
 
 
@@ -215,25 +210,23 @@ def blur(images):
     return F.conv2d(images, kernel.transpose(2, 3), groups=3)  # along the columns
 
 
-def insertion_minus_deletion(model, images, classes, maps, intact, blank, blurred):
+def insertion_minus_deletion(model, images, classes, maps, blank, blurred):
     """Area under the insertion curve minus that under the deletion curve, (N,); high for a good map.
 
     Petsiuk, Das, Saenko, RISE, arXiv:1806.07421. The pixels, ordered by the upsampled signed map (N, h, w),
-    are replaced by the mean colour (deletion), or put back into the blurred image (insertion), 64 at a
-    time; ties in random order. intact, blank, blurred: the probabilities (N,) of the images at the ends of
-    the curves.
+    are replaced by the mean colour (deletion), or put back into the blurred image (insertion), 64 at a time;
+    ties in random order. blank, blurred: the probabilities (N,) where deletion ends and insertion begins.
     """
     values = upsample(maps).flatten(1).cpu()
     ties = torch.randperm(1024, generator=torch.Generator().manual_seed(0))
     order = ties[values[:, ties].argsort(dim=1, descending=True, stable=True)]
     turn = order.argsort(1) * STEPS // 1024  # (N, 1024), the step that takes a pixel
     turn, start = turn.view(-1, 1, 32, 32).to(images.device), blur(images)
-    deletion = (intact + blank) / 2  # trapezoids: the ends count half
-    insertion = (blurred + intact) / 2
+    area = (blurred - blank) / 2  # by trapezoids the ends count half; the intact image is an end of both curves
     for step in range(1, STEPS):
-        deletion = deletion + probability(model, images.masked_fill(turn < step, 0), classes)
-        insertion = insertion + probability(model, torch.where(turn < step, images, start), classes)
-    return (insertion - deletion) / STEPS
+        area += probability(model, torch.where(turn < step, images, start), classes)
+        area -= probability(model, images.masked_fill(turn < step, 0), classes)
+    return area / STEPS
 
 
 def attention_figures(model, images, classes, layer):
@@ -253,8 +246,8 @@ def attention_figures(model, images, classes, layer):
     found = []
     for part in utils.track([slice(i, i + BATCH) for i in range(0, len(images), BATCH)], "attention, batch"):
         batch, target = normalize(images[part].to(device)), classes[part]
-        ends = [probability(model, x, target) for x in (batch, torch.zeros_like(batch), blur(batch))]
-        drops = occlusion_drops(model, batch, target, ends[0])
+        intact, *ends = [probability(model, x, target) for x in (batch, torch.zeros_like(batch), blur(batch))]
+        drops = occlusion_drops(model, batch, target, intact)
         areas = [insertion_minus_deletion(model, batch, target, kind[part], *ends) for kind in (maps, shuffled, others)]
         found.append(torch.stack([border_energy(maps[part]).double(), *drops, *areas]))
     figures = dict(zip(FIGURES, torch.cat(found, 1).numpy()))
@@ -276,13 +269,13 @@ def match_on_confidence(confidence, classes, candidates, candidate_classes):
     return np.array(matches, np.int64)
 
 
-def measure_attention(model, layer, failures, test_set, logits, names, checkpoint):
+def measure_attention(subject, layer, failures, test_set, checkpoint):
     """The rows of attention.csv: all failures, then the correct predictions that match them.
 
-    failures: (n,) indices into the test set (images, labels). logits: (N, 100) of the run. checkpoint: the
-    SHA-256 of best.pt.
+    failures: (n,) indices into the test set (images, labels). checkpoint: the SHA-256 of best.pt.
     """
-    images, labels = test_set
+    (images, labels), names = test_set, subject.names
+    logits, _ = utils.load_logits(subject.run_dir, "test")
     preds, confidence = logits.argmax(1), np.exp(utils.log_softmax(logits)).max(1)
     correct = np.flatnonzero(preds == labels.numpy())
     matched = match_on_confidence(confidence[failures], preds[failures], confidence[correct], preds[correct])
@@ -294,7 +287,7 @@ def measure_attention(model, layer, failures, test_set, logits, names, checkpoin
         "true": [names[label] for label in labels[index]],
         "predicted": [names[label] for label in preds[index]],
         "confidence": confidence[index],
-        **attention_figures(model, images[index], torch.from_numpy(preds[index]), layer),
+        **attention_figures(subject.model, images[index], torch.from_numpy(preds[index]), layer),
         "checkpoint": [checkpoint] * len(index),
     }
     return [dict(zip(columns, values)) for values in zip(*columns.values())]
@@ -366,22 +359,21 @@ def read_image(path):
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)  # above 89 million pixels
             with Image.open(path) as file:
+                turned = file.getexif().get(0x0112) in range(2, 9)  # its orientation; loading a TIFF removes it
                 image, frames = ImageOps.exif_transpose(file), getattr(file, "n_frames", 1)
-                turned = file.getexif().get(0x0112, 1) != 1  # its orientation
         words = f"{image.mode} {image.width}x{image.height}"
-        if turned:
-            words += ", turned upright by its EXIF tag"
-        if frames > 1:
-            words += f", first of {frames} frames"
+        words += ", turned upright by its EXIF tag" if turned else ""
+        words += f", first of {frames} frames" if frames > 1 else ""
         if image.mode.startswith(("I", "F")):  # 16-bit gray: convert() would clip it all to white
             values = np.asarray(image, np.float64)
+            utils.require(np.isfinite(values).all(), "a NaN or infinite pixel")
             words += f", values {values.min():g}..{values.max():g} scaled to 0..255"
-            values = (values - values.min()) / max(np.ptp(values), 1e-12)
-            image = Image.fromarray((255 * values).round().astype(np.uint8))
-        image = image.convert("RGBA")  # transparent pixels hide colours of their own
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-        square = ImageOps.fit(image, (32, 32), Image.Resampling.BICUBIC)
-        return np.array(square), f"{words}; the network sees its central square, on white, in RGB 32x32"
+            values = 255 * (values - values.min()) / max(np.ptp(values), 1e-12)
+            image = Image.fromarray(values.round().astype(np.uint8))
+        image = ImageOps.fit(image.convert("RGBA"), (32, 32), Image.Resampling.BICUBIC)
+        image = Image.alpha_composite(Image.new("RGBA", (32, 32), "white"), image)  # transparency hides colours
+        words += "; the network sees its central square, on white, in RGB 32x32"
+        return np.array(image.convert("RGB")), words
     except Exception as error:  # Pillow's plugins raise OSError, SyntaxError, ValueError, struct.error...
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ScriptError(f"--image {path} is not a readable picture ({reason}); use PNG or JPEG") from None
@@ -393,16 +385,13 @@ def probabilities(model, images):
     return utils.predict(model, [normalize(part.to(device)) for part in images.split(BATCH)]).softmax(1).cpu()
 
 
-def predict_image(model, path, names=CLASS_NAMES):
-    """The five likeliest classes for a picture file: [(class name, probability)], the likeliest first.
+def predict_image(model, image, names=CLASS_NAMES):
+    """The five likeliest classes of a picture: [(class name, probability)], the likeliest first.
 
-    names: of the 100 classes, by label. Raises ScriptError for a file that is no readable picture.
+    image: a file, or pixels (32, 32, 3) uint8. names: of the 100 classes, by label. Raises ScriptError for a
+    file that is no readable picture.
     """
-    return likeliest(model, read_image(path)[0], names)
-
-
-def likeliest(model, pixels, names):
-    """As predict_image, for an image (32, 32, 3) uint8."""
+    pixels = image if isinstance(image, np.ndarray) else read_image(image)[0]
     top = probabilities(model, torch.from_numpy(pixels)[None])[0].topk(5)
     return [(names[label], p) for p, label in zip(top.values.tolist(), top.indices.tolist())]
 
@@ -416,9 +405,8 @@ def explain(model, images, labels=None, target="predicted", layer="layer4", name
     """
     probs = probabilities(model, images)
     preds = probs.argmax(1)
-    targets = preds if target == "predicted" else labels
-    if target not in ("predicted", "true"):
-        targets = torch.full_like(preds, target)
+    asked = {"predicted": preds, "true": labels}
+    targets = asked[target] if target in asked else torch.full_like(preds, target)
     labels = targets if labels is None else labels
     maps = torch.stack([make_maps(model, images, classes, layer) for classes in (targets, labels)], 1)
     columns = {
@@ -450,33 +438,27 @@ def picture(model, images, labels=None, target="predicted", layer="layer4", name
     for axis in grid.flat:
         axis.axis("off")
 
-    def lay_over(axis, image, values, lowest, colours, text):
-        axis.imshow(image.float().mean(-1), cmap="gray", vmin=0, vmax=255)
-        axis.set_title(text, fontsize=9)
-        return axis.imshow(values, vmin=lowest, vmax=1, cmap=colours, alpha=0.6, interpolation="bilinear")
-
-    bars = {}
+    scales = (0, "viridis"), (0, "viridis"), (-1, "PuOr_r")  # lowest value and colours of the three overlays
     for i, (axes, image, row) in enumerate(zip(grid, images, rows)):
         target, true = row["target"], row["true"]
-        cams = upsample(maps[i].clamp(min=0))
-        cams = cams / cams.max().clamp(min=1e-12)
-        text = captions[i] if captions else f"image {i}"
-        axes[0].imshow(image)
-        axes[0].set_title(text if labels is None else f"{text}\ntrue: {true}", fontsize=9)
-        text = f"{'predicted' if target == row['predicted'] else 'asked'}: {target}\n"
-        text += f"{100 * row['target_probability']:.1f} %"
-        text += "" if row["map_max"] > 0 else ", no positive evidence"
-        bars["Grad-CAM (1: row's top)"] = grid[n, 1], lay_over(axes[1], image, cams[0], 0, "viridis", text)
+        cams, lead = upsample(maps[i].clamp(min=0)), upsample(maps[i, :1] - maps[i, 1:])
+        overlays = [*(cams / cams.max().clamp(min=1e-12)), *(lead / lead.abs().max().clamp(min=1e-12))]
+        asked = "predicted" if target == row["predicted"] else "asked"
+        weak = "" if row["map_max"] > 0 else ", no positive evidence"
+        texts = [f"{asked}: {target}\n{100 * row['target_probability']:.1f} %{weak}"]
         if target != true:
-            text = f"true: {true}\n{100 * row['true_probability']:.1f} %"
-            lay_over(axes[2], image, cams[1], 0, "viridis", text)
-            lead = upsample(maps[i, :1] - maps[i, 1:])[0]
-            lead = lead / lead.abs().max().clamp(min=1e-12)
-            text = f"{target}\nrather than {true}"
-            bars["difference (1: largest)"] = grid[n, 3], lay_over(axes[3], image, lead, -1, "PuOr_r", text)
-    for text, (axis, mappable) in bars.items():
-        axis.axis("on")
-        figure.colorbar(mappable, cax=axis, orientation="horizontal", label=text)
+            texts += [f"true: {true}\n{100 * row['true_probability']:.1f} %", f"{target}\nrather than {true}"]
+        caption = captions[i] if captions else f"image {i}"
+        axes[0].imshow(image)
+        axes[0].set_title(caption if labels is None else f"{caption}\ntrue: {true}", fontsize=9)
+        for axis, overlay, (lowest, colours), text in zip(axes[1:], overlays, scales, texts):
+            axis.imshow(image.float().mean(-1), cmap="gray", vmin=0, vmax=255)
+            axis.imshow(overlay, vmin=lowest, vmax=1, cmap=colours, alpha=0.6, interpolation="bilinear")
+            axis.set_title(text, fontsize=9)
+    for column, text in ((1, "Grad-CAM (1: row's top)"), (3, "difference (1: largest)"))[: columns // 2]:
+        overlay = next(axis.images[1] for axis in grid[:n, column] if axis.images)
+        grid[n, column].axis("on")
+        figure.colorbar(overlay, cax=grid[n, column], orientation="horizontal", label=text)
     height, width = maps.shape[2:]
     title = f"{textwrap.fill(title, 22 * columns)}\nGrad-CAM at {layer}, {height}x{width} cells"
     figure.suptitle(title.strip(), fontsize=11)
@@ -497,10 +479,9 @@ def parse_args(argv):
     add("--layer", help="a module, such as layer3 or layer4.0 (default: the last that has a map)")
     utils.add_common_flags(parser)
     args = parser.parse_args(argv)
-    if args.index:
-        args.index = list(dict.fromkeys(args.index))  # each once
-        if len(args.index) > 64 or min(args.index) < 0 or max(args.index) > 9999:
-            parser.error(f"--index {' '.join(map(str, args.index))} must be up to 64 images in 0..9999")
+    args.index = list(dict.fromkeys(args.index or []))  # each once
+    if len(args.index) > 64 or not set(args.index) <= set(range(10_000)):
+        parser.error(f"--index {' '.join(map(str, args.index))} must be up to 64 images in 0..9999")
     if args.image is not None and args.target == "true":
         parser.error("--target true needs a known class; with --image use predicted or a class")
     return args
@@ -534,18 +515,19 @@ class Subject:
     """What the command line asks about: a run's network, its data set, a target and a layer."""
 
     def __init__(self, args):
-        device = utils.select_device(args.device)
+        self.device = utils.select_device(args.device)
         self.run_dir, config = utils.open_run(args.run)
         self.dataset, self.data_dir = utils.dataset_of(self.run_dir, config, args)
+        self.data_flag = utils.data_flag(args)
         self.names = class_names(self.dataset)
         self.target = args.target if args.target in ("predicted", "true") else class_label(args.target, self.names)
         checkpoint = utils.load_checkpoint(self.run_dir / "best.pt")
-        self.model = utils.network(checkpoint, self.run_dir / "best.pt", device)
+        self.model = utils.network(checkpoint, self.run_dir / "best.pt", self.device)
         self.trained = utils.NEWER_FLAGS | checkpoint["args"]  # train.py's arguments
         last = LAST_MAP[self.trained["model"]]
         self.layer = args.layer or last
         try:
-            grad_cam(self.model, torch.zeros(1, 3, 32, 32, device=device), torch.tensor([0]), self.layer)
+            grad_cam(self.model, torch.zeros(1, 3, 32, 32, device=self.device), torch.tensor([0]), self.layer)
         except ValueError as error:
             raise ScriptError(f"--layer {self.layer}: {error}; try {last}") from None
 
@@ -562,16 +544,16 @@ def draw(subject, images, labels, captions, what, name):
 def explain_file(subject, path):
     """--image: print and return the five likeliest classes, and draw the maps."""
     pixels, words = read_image(path)
-    top = likeliest(subject.model, pixels, subject.names)
+    top = predict_image(subject.model, pixels, subject.names)
     print(textwrap.fill(f"{path.name}: {words}", 79))
     for name, p in top:
         print(f"  {100 * p:5.1f} %  {name}")
-    draw(subject, torch.from_numpy(pixels)[None], None, [path.name], "", f"gradcam-{path.stem}.png")
+    draw(subject, torch.from_numpy(pixels)[None], None, [path.name.replace("$", r"\$")], "", f"gradcam-{path.stem}.png")
     return top
 
 
 def explain_test_images(subject, index):
-    """Maps for these test images, or for the run's failures if index is None; returns the rows of gradcam.csv."""
+    """Maps for these test images, or for the run's failures if index is empty; returns the rows of gradcam.csv."""
     run_dir, run = subject.run_dir, utils.quote(subject.run_dir)
     checkpoint = utils.sha256(run_dir / "best.pt")
     failures = [] if index else read_failures(run_dir, checkpoint)
@@ -579,7 +561,7 @@ def explain_test_images(subject, index):
     if not index:
         print(f"{run_dir}/failures.csv is empty: no mistake is above the threshold.")
         print("A lower --threshold of failures.py lists some. To explain other images,")
-        print(f"next: python gradcam.py {run} --index 0 1 2")
+        print(f"next: python gradcam.py {run} --index 0 1 2{subject.data_flag}")
         return []
     images, labels = load_dataset(subject.dataset, subject.data_dir, train=False)
     rows, _ = explain(subject.model, images[index], labels[index], subject.target, subject.layer, subject.names)
@@ -609,17 +591,14 @@ def report_attention(subject, failures, test_set, checkpoint):
         print(f"\nattention at {layer} as measured before (to repeat it, delete attention.csv)")
     else:
         print(f"\nattention at {layer}, measured now (Ctrl-C keeps the above)", flush=True)
-        logits, _ = utils.load_logits(subject.run_dir, "test")
-        rows = measure_attention(model, layer, failures, test_set, logits, subject.names, checkpoint)
+        rows = measure_attention(subject, layer, failures, test_set, checkpoint)
         utils.write_csv(path, rows)
         print(f"wrote {path}")
     print(attention_table(rows))
 
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
-        untrained = make_model(trained["model"], width=trained["width"])
-    device = next(model.parameters()).device
-    untrained.to(device, memory_format=utils.memory_format(device)).eval()
+        untrained = make_model(trained["model"], width=trained["width"]).to(subject.device).eval()
     some = np.array(failures)[np.linspace(0, len(failures) - 1, min(len(failures), BATCH)).astype(int)]
     images = test_set[0][some]
     sanity = sanity_checks(model, untrained, images, probabilities(model, images).argmax(1), layer)

@@ -1729,6 +1729,7 @@ def test_gradcam_batch_modes_and_traces():
         ((pixels.permute(0, 3, 1, 2), targets), "data.normalize"), ((images[0], targets), "data.normalize"),
         ((images.numpy(), targets), "data.normalize"), ((images * 128, targets), "data.normalize"),
         ((images, 3), "torch.tensor([3])"), ((images, targets[:5]), "targets"), ((images, targets.float()), "targets"),
+        ((images, targets + 95), "outside 0..99"), ((images, targets - 1), "outside 0..99"),
     ):  # fmt: skip
         with raised(ValueError, re.escape(word)):
             gradcam.grad_cam(model, *arguments)
@@ -1789,7 +1790,7 @@ def test_gradcam_occlusion_and_insertion_against_loops():
     drops = gradcam.occlusion_drops(model, images, classes, ends[0])
     for found, hidden in zip(drops, (border, centre)):
         assert torch.allclose(found, ends[0] - gradcam.probability(model, hidden, classes))
-    areas = gradcam.insertion_minus_deletion(model, images, classes, maps, *ends)
+    areas = gradcam.insertion_minus_deletion(model, images, classes, maps, *ends[1:])
     for k in range(2):
         pixels = sorted(((maps[k, i, j].item(), i, j) for i in range(32) for j in range(32)), reverse=True)
         area = 0  # between the two curves, by trapezoids
@@ -1876,6 +1877,7 @@ def test_gradcam_reads_any_image():
         ("rgb.png", rgb, {}, "RGB 60x40;"), ("gray.png", rgb.convert("L"), {}, "L 60x40;"),
         ("palette.gif", rgb.convert("P"), {}, "P 60x40;"), ("cmyk.jpg", rgb.convert("CMYK"), {}, "CMYK 60x40;"),
         ("rotated.jpg", rgb, {"exif": exif}, "RGB 40x60, turned upright"),
+        ("rotated.tif", rgb, {"exif": exif}, "RGB 40x60, turned upright"),
         ("see-through.png", still, {"transparency": still.getpixel((0, 0))}, "P 32x32;"),
         ("clear.png", Image.new("RGBA", (32, 32), (255, 0, 0, 0)), {}, "RGBA 32x32;"),
         ("wide.png", wide, {}, "1000..60000"), ("dot.png", Image.new("RGB", (1, 1), (9, 9, 9)), {}, "RGB 1x1;"),
@@ -1898,13 +1900,14 @@ def test_gradcam_bad_images():
     (files / "folder.png").mkdir(parents=True)
     Image.effect_noise((64, 64), 90).save(files / "good.png")
     Image.new("1", (10_000, 10_000)).save(files / "bomb.png")
+    Image.new("F", (9, 9), math.nan).save(files / "nan.tif")
     good = (files / "good.png").read_bytes()
     flipped = bytearray(good)
     flipped[len(good) // 2] ^= 4
     for name, content in (
         ("text.png", b"hello"), ("empty.png", b""), ("short.png", good[: len(good) // 2]), ("flipped.png", flipped),
         ("drawing.svg", b"<svg xmlns='http://www.w3.org/2000/svg'/>"), ("paper.pdf", b"%PDF-1.4 ..."),
-        ("bomb.png", None), ("folder.png", None), ("missing.png", None),
+        ("bomb.png", None), ("folder.png", None), ("missing.png", None), ("nan.tif", None),
     ):  # fmt: skip
         if content is not None:
             (files / name).write_bytes(content)

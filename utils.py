@@ -312,6 +312,11 @@ def dataset_of(run_dir, config, args):
     return config["dataset"], args.data_dir or (remembered if found else "data")
 
 
+def data_flag(args):
+    """The --data-dir that was given, for the command to run next."""
+    return f" --data-dir {quote(args.data_dir)}" if args.data_dir else ""
+
+
 def check_torch():
     if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 6):
         reason = "before 2.6 a checkpoint can run code, CVE-2025-32434"
