@@ -111,11 +111,7 @@ class Scores:
         self.nll = -log_probs[rows, labels]  # -log of the true class's probability, in nats
         self.brier = (probs**2).sum(1) - 2 * probs[rows, labels] + 1  # sum of (probability - target)^2, in [0, 2]
         self.same_superclass = SUPERCLASS_OF[self.pred] == SUPERCLASS_OF[labels]  # right, or an error inside it
-
-    @property
-    def failures(self):
-        """(N,) bool: the study's confident failures."""
-        return ~self.correct & (self.confidence > CONFIDENT)
+        self.failures = ~self.correct & (self.confidence > CONFIDENT)  # the study's confident failures
 
 
 def fit_temperature(logits, labels):
@@ -131,10 +127,8 @@ def fit_temperature(logits, labels):
     for _ in range(45):  # ln(high / low) from 9.2 to 3e-13
         b = math.sqrt(low * high)
         p = np.exp(b * logits)
-        if (np.einsum("nc,nc->n", p, logits) / p.sum(1) - true_logits).mean() > 0:
-            high = b
-        else:
-            low = b
+        slope = (np.einsum("nc,nc->n", p, logits) / p.sum(1) - true_logits).mean()
+        low, high = (low, b) if slope > 0 else (b, high)
     return 1 / b
 
 
@@ -159,8 +153,9 @@ class Run:
 
     def measure(self, weights):
         """Fill draws: every metric in every resample of the test images."""
-        blocks = [metrics(self.raw, self.labels, w) for w in blocks_of(weights)]
-        self.draws = {name: np.concatenate([block[name] for block in blocks]) for name in blocks[0]}
+        blocks = np.split(weights, range(BLOCK, len(weights), BLOCK))
+        found = [metrics(self.raw, self.labels, block.astype(np.float32)) for block in blocks]
+        self.draws = {name: np.concatenate([part[name] for part in found]) for name in found[0]}
 
 
 def read_run(run_dir, config):
@@ -178,24 +173,19 @@ def ensemble(runs):
     Scaled: the mean of the scaled probabilities. It has no temperature of its own: seeds split differently, so
     no validation image is held out from every member.
     """
-
-    def log(p):
-        return np.log(np.maximum(p, 1e-300))
-
-    def entropy(p):
-        return -(p * log(p)).sum(-1)
-
-    probs = [np.exp(log_softmax(run.logits)) for run in runs]
-    mean, scaled = np.mean(probs, 0), np.mean([np.exp(log_softmax(run.scaled_logits)) for run in runs], 0)
+    log_probs = np.array([log_softmax(run.logits) for run in runs])  # (members, N, 100)
+    log_mean = np.logaddexp.reduce(log_probs) - math.log(len(runs))
+    log_scaled = np.logaddexp.reduce([log_softmax(run.scaled_logits) for run in runs]) - math.log(len(runs))
     pairs = [a.raw.pred != b.raw.pred for a, b in itertools.combinations(runs, 2)]
-    information = entropy(mean) - np.mean([entropy(p) for p in probs], 0)
+    information = (np.exp(log_probs) * (log_probs - log_mean)).sum(2).mean(0)  # mean KL divergence from the mean
     extra = {"disagreement": np.mean(pairs, 0), "mutual_information": np.maximum(information, 0)}  # < 0 by rounding
-    return Run(f"ensemble of {len(runs)}", runs[0].config, log(mean), runs[0].labels, None, log(scaled)), extra
+    return Run(f"ensemble of {len(runs)}", runs[0].config, log_mean, runs[0].labels, None, log_scaled), extra
 
 
 # ---- metrics --------------------------------------------------------------------------------------------
 
 
+@np.errstate(invalid="ignore", divide="ignore")
 def metrics(scores, labels, weights):
     """{metric: (R,) values}, NaN where undefined, as without errors. weights (R, N): how often each image counts."""
     s, w, n = scores, weights, weights.sum(1)
@@ -216,8 +206,7 @@ def metrics(scores, labels, weights):
     means = w.astype(np.float64) @ np.column_stack([*columns.values(), gap_in_bins]) / n[:, None]
     found = dict(zip(columns, means.T))
     found["ece"] = np.abs(means[:, len(columns) :]).sum(1)  # see utils.calibration_error
-    with np.errstate(invalid="ignore", divide="ignore"):
-        found["errors_within_superclass"] = found["errors_within_superclass"] / (1 - found["accuracy"])
+    found["errors_within_superclass"] = found["errors_within_superclass"] / (1 - found["accuracy"])
     true, predicted = (np.eye(NUM_CLASSES, dtype=w.dtype)[classes] for classes in (labels, s.pred))  # (N, 100)
     counts = w @ np.hstack([true * s.correct[:, None], true, predicted])
     macro = utils.macro_scores_from_counts(*np.split(counts, 3, axis=1))
@@ -242,8 +231,7 @@ def rank_by_confidence(confidence, wrong, w):
     aurc = (drawn * errors.take(last, 1) / np.maximum(images.take(last, 1), 1)).sum(1, dtype=np.float64) / n
     above = hits[:, before[wrong]] * (before[wrong] >= 0) + hits[:, last[wrong]]  # ties once, the others twice
     pairs = (drawn[:, wrong] * above).sum(1, dtype=np.float64) / 2
-    with np.errstate(invalid="ignore"):
-        return aurc, pairs / (wrong_n * (n - wrong_n))
+    return aurc, pairs / (wrong_n * (n - wrong_n))
 
 
 def calibrated_ece(confidence):
@@ -280,9 +268,8 @@ def resample(labels, seed=0):
     """
     rng = np.random.default_rng(seed)
     by_class = np.argsort(labels, kind="stable")
-    class_size = np.bincount(labels)
-    size = np.repeat(class_size, class_size)  # (N,) in the order of by_class
-    first = np.repeat(np.cumsum(class_size) - class_size, class_size)
+    classes = labels[by_class]
+    first, size = np.searchsorted(classes, classes), np.bincount(labels)[classes]  # of each image's class
     weights = np.empty((RESAMPLES, len(labels)), np.uint8)
     for row in weights:
         drawn = by_class[first + (rng.random(len(labels)) * size).astype(np.int64)]
@@ -290,15 +277,9 @@ def resample(labels, seed=0):
     return weights
 
 
-def blocks_of(weights):
-    """The rows of weights as float32, BLOCK at a time."""
-    return (weights[i : i + BLOCK].astype(np.float32) for i in range(0, len(weights), BLOCK))
-
-
 def weighted_mean(values, weights):
     """Means (R,) of values (N,) under weights (R, N); 0 where all weights are 0."""
-    sums = np.concatenate([block.astype(np.float64) @ values for block in blocks_of(weights)])
-    return sums / np.maximum(weights.sum(1), 1e-9)
+    return np.einsum("rn,n->r", weights, values, dtype=np.float64) / np.maximum(weights.sum(1), 1e-9)
 
 
 def interval(draws):
@@ -344,9 +325,8 @@ class Recipes:
     changed: list
     weights: np.ndarray  # of resample()
 
-    @property
-    def arms(self):
-        return [arm for arm in (self.baselines, self.changed) if arm]
+    def __post_init__(self):
+        self.arms = [arm for arm in (self.baselines, self.changed) if arm]
 
     def quantity(self, measure):
         """An Arm per recipe, of measure(run): (value, draws (RESAMPLES,))."""
@@ -424,11 +404,9 @@ def errors_at_equal_coverage(recipes):
 
     def error_rate(run):
         order = np.argsort(-run.raw.confidence, kind="stable")
-        wrong, errors = (~run.raw.correct[order]).astype(np.float32), []
-        for w in blocks_of(recipes.weights.take(order, 1)):
-            taken = np.clip(count - np.cumsum(w, 1) + w, 0, w)  # of each image, until there are enough
-            errors.append(taken @ wrong)
-        return wrong[:count].mean(), np.concatenate(errors) / count
+        wrong = ~run.raw.correct[order]
+        draws = [np.repeat(wrong, drawn)[:count].mean() for drawn in recipes.weights.take(order, 1)]
+        return wrong[:count].mean(), np.array(draws)
 
     return change(recipes.quantity(error_rate))
 
@@ -491,8 +469,7 @@ def calibration_improves(recipes):
 def errors_stay_in_superclass(recipes):
     arms = recipes.metric("errors_within_superclass")
     chance = np.mean([chance_within_superclass(run.confusion) for run in recipes.baselines])
-    control = f"chance; the figure is {arms[0].mean / chance:.1f} times that"
-    return one_recipe(arms[0], arms, control, chance, reference=chance)
+    return one_recipe(arms[0], arms, f"chance; the figure is {arms[0].mean / chance:.1f} times that", chance, chance)
 
 
 def small_animals_are_worst(recipes):
@@ -627,7 +604,7 @@ def judge(recipes, synthetic=False):
             continue
         estimate = claim.statistic(recipes)
         ends = interval(estimate.draws)
-        if ends is None or math.isnan(estimate.figure):
+        if ends is None:
             estimate.figure, ends = None, None
             estimate.note = estimate.note or "undefined: some resample has no image that the claim is about"
         elif min(map(len, arms)) < 2:
@@ -693,10 +670,8 @@ class Stress:
     checkpoint: str  # SHA-256 of the best.pt that was measured
     surrogate: str = ""  # of the best.pt that the images of the transfer conditions were made against
 
-    @property
-    def images(self):
-        """What runs must have in common to be compared."""
-        return len(self.labels), self.source
+    def __post_init__(self):
+        self.images = len(self.labels), self.source  # what runs must have in common to be compared
 
     def rows(self, kind, strength=None, name=None):
         """Indices of the conditions of a kind, of all strengths and names if none is given."""
@@ -716,11 +691,6 @@ class Stress:
 
     def mean_confidence(self, kind, strength=None):
         return float(self.confidence[self.rows(kind, strength)].mean())
-
-    @property
-    def shift_changes(self):
-        """Share of the one-pixel shifts that change the prediction."""
-        return float(self.share(self.rows("shift"), self.preds != self.preds[0]).mean())
 
 
 def attack(model, images, labels, epsilon, steps, autocast):
@@ -817,7 +787,6 @@ class StressTest:
             shape = (len(CONDITIONS), len(self.index))
             blank = np.zeros(shape, np.uint8), np.full(shape, np.nan, np.float32)
             run.stress = Stress(self.labels.numpy(), *blank, self.source, utils.checkpoint_id(run.folder))
-            (run.folder / "stress.csv").unlink(missing_ok=True)  # it says what the arrays are, and they come first
         stress, surrogate = run.stress, None  # whose images a changed run is shown in the transfer conditions
         if run not in self.baselines:
             same_seed = [base for base in self.baselines if base.seed == run.seed]
@@ -831,6 +800,8 @@ class StressTest:
             return
         model = utils.load_model(run.folder, self.device).requires_grad_(False)
         other = utils.load_model(surrogate, self.device).requires_grad_(False) if surrogate else None
+        if np.isnan(stress.confidence).all():  # a new test; stress.csv says what the arrays are, and they come first
+            (run.folder / "stress.csv").unlink(missing_ok=True)
         for k in utils.track(todo, f"{run.name}: condition", [COST.get(CONDITIONS[k][0], 1) for k in todo]):
             batches = self.batches(*CONDITIONS[k], other if CONDITIONS[k][0] == "transfer" else model)
             with self.autocast():
@@ -844,10 +815,8 @@ def write_stress(run):
     """stress_preds.npy, stress_confidence.npy, and last stress.csv, which says what these arrays are."""
     stress, rows = run.stress, []
     for k, (kind, name, strength) in enumerate(CONDITIONS):
-        accuracy, confidence = (stress.preds[k] == stress.labels).mean(), stress.confidence[k].mean()
-        if np.isnan(confidence):
-            accuracy = confidence = ""
-        row = {"kind": kind, "name": name, "strength": strength, "accuracy": accuracy, "mean_confidence": confidence}
+        row = {"kind": kind, "name": name, "strength": strength}  # NaN, what is not measured, becomes an empty cell
+        row |= {"accuracy": stress.accuracy(kind, strength, name), "mean_confidence": stress.confidence[k].mean()}
         row |= {"images": len(stress.labels), "source": stress.source, "checkpoint": stress.checkpoint}
         rows.append(row | {"surrogate": stress.surrogate if kind == "transfer" else ""})
     utils.write_npy(run.folder / "stress_preds.npy", stress.preds)
@@ -883,8 +852,7 @@ def print_table(header, rows, markdown=False):
             print("| " + " | ".join(cells) + " |")
         return
     widths = [max(len(cells[k]) for cells in [header, *rows]) for k in range(len(header))]
-    if sum(widths) + len(widths) > 79:
-        widths[0] = max(0, 79 - sum(widths[1:]) - len(widths))
+    widths[0] = min(widths[0], max(0, 79 - sum(widths[1:]) - len(widths)))
     for cells in [header, *rows]:
         if len(cells[0]) > widths[0]:
             print(cells[0])
@@ -970,7 +938,8 @@ def print_stress(runs, markdown):
         s = run.stress
         groups = [np.mean([s.accuracy("corruption", name=name) for name in names]) for names in GROUPS.values()]
         found = [of(kind) for kind in ("clean", "corruption") for of in (s.accuracy, s.mean_confidence)]
-        table.append([run.name] + [cell(value, digits=1) for value in [*found, *groups, s.shift_changes]])
+        shifted = s.share(s.rows("shift"), s.preds != s.preds[0]).mean()  # how often a shift changes the prediction
+        table.append([run.name] + [cell(value, digits=1) for value in [*found, *groups, shifted]])
     print_table(["", "clean", "conf", "corrupt", "conf", *GROUPS, "shift"], table, markdown)
     print()
     shown = [("fgsm", 1), ("fgsm", 8)] + [(kind, e) for kind in ("pgd", "transfer") for e in EPSILONS]
@@ -1004,7 +973,7 @@ def per_class_rows(run, names):
 
 
 def draw_confusion(path, run, names, title):
-    figure, (matrix, bars) = utils.new_figure(16, 11, 1, 2, width_ratios=[10, 6])
+    figure, (matrix, bars) = utils.new_figure(16, 11, 1, 2, title, width_ratios=[10, 6])
     order = np.argsort(SUPERCLASS_OF, kind="stable")
     shown = run.confusion[np.ix_(order, order)].astype(float)
     np.fill_diagonal(shown, np.nan)  # the hits would own the colour scale
@@ -1025,7 +994,6 @@ def draw_confusion(path, run, names, title):
     bars.barh([f"{names[i]} / {names[j]}" for i, j, _ in pairs], [errors for _, _, errors in pairs], color=colors)
     title_of_bars = "most confused pairs\nblue: same superclass, vermilion: different"
     bars.set(title=title_of_bars, xlabel="errors, both ways together", ymargin=0.01)
-    figure.suptitle(title)
     utils.save_figure(figure, path)
 
 
@@ -1034,8 +1002,7 @@ def draw_per_class(path, run, names, title):
     figure, axes = utils.new_figure(8, 14)
     accuracy, low, high = (100 * np.array([row[key] for row in rows]) for key in ("accuracy", "low", "high"))
     errors = [accuracy - low, high - accuracy]
-    style = {"fmt": "o", "color": utils.BLUE, "ecolor": utils.GRAY, "markersize": 3}
-    axes.errorbar(accuracy, range(len(rows)), xerr=errors, **style)
+    axes.errorbar(accuracy, range(len(rows)), xerr=errors, fmt="o", color=utils.BLUE, ecolor=utils.GRAY, markersize=3)
     axes.set_yticks(range(len(rows)), [row["class"] for row in rows], fontsize=7)
     axes.set(xlabel="accuracy on the class's images (%), with 95 % Wilson interval", title=title)
     axes.set(xlim=(0, 100), ylim=(-1, len(rows)))
@@ -1047,7 +1014,7 @@ def draw_per_class(path, run, names, title):
 
 def draw_reliability(path, run, names, title):
     """Accuracy against confidence in 15 bins, above the images in each; as trained and temperature-scaled."""
-    figure, axes = utils.new_figure(9, 6.5, 2, 2, sharex=True, sharey="row", height_ratios=[3, 1])
+    figure, axes = utils.new_figure(9, 6.5, 2, 2, title, sharex=True, sharey="row", height_ratios=[3, 1])
     panels = (run.raw, "as trained", ""), (run.scaled, f"logits / {run.temperature:.3f}", "_scaled")
     centers = (np.arange(15) + 0.5) / 15
     for (top, bottom), (scores, label, suffix) in zip(axes.T, panels):
@@ -1066,7 +1033,6 @@ def draw_reliability(path, run, names, title):
     axes[0, 0].set(ylabel="accuracy")
     axes[1, 0].set(ylabel="test images")
     axes[0, 0].legend(loc="upper left")
-    figure.suptitle(title)
     utils.save_figure(figure, path)
 
 
@@ -1083,15 +1049,17 @@ def write_run(run, args):
     utils.write_csv(folder / "per_class.csv", per_class_rows(run, names))
     title = f"{run.name}: {len(run.labels):,} test images of {TITLES[dataset]}"
     published = not (folder / "best.pt").exists()  # it keeps the pictures that it came with
-    for name, draw in (("confusion", draw_confusion), ("per_class", draw_per_class), ("reliability", draw_reliability)):
-        path = folder / f"{name}.png"
-        if new or args.refresh or not (published or path.exists()):
-            draw(path, run, names, title)
+    pictures = {"confusion.png": draw_confusion, "per_class.png": draw_per_class, "reliability.png": draw_reliability}
+    due = [name for name in pictures if new or args.refresh or not (published or (folder / name).exists())]
+    for name in due:
+        (folder / name).unlink(missing_ok=True)  # so that Ctrl-C leaves no picture of older scores
+    for name in due:
+        pictures[name](folder / name, run, names, title)
 
 
 def draw_verdict(path, rows, title):
     """A line per claim, each on a scale of its own: the runs as small dots, figure with interval, verdict."""
-    figure, axes = utils.new_figure(12, 1.6 + 0.46 * len(rows))
+    figure, axes = utils.new_figure(12, 1.6 + 0.46 * len(rows), title=title)
     axes.set(xlim=(-3.6, 4.6), ylim=(len(rows) - 0.4, -1.3))
     axes.axis("off")
     for x, head, side in ((-3.5, "claim", "left"), (1.3, "figure, 95 % interval", "left"), (4.5, "verdict", "right")):
@@ -1107,25 +1075,24 @@ def draw_verdict(path, rows, title):
         sign = -1 if claim.side == "below" else 1  # the claimed side is always to the right
         low, middle, high = sign * (np.array([ends[0], estimate.figure, ends[1]]) - estimate.reference)
         margin = MARGIN if claim.side == "within" else 0
-        scale = 1.1 * max(abs(low), abs(high), 1.5 * margin, 1e-9)
+        scale = 1.1 * max(1e-9, 1.5 * margin, *map(abs, (low, high, *estimate.dots[0], *estimate.dots[1])))
         left, right = (-margin / scale, margin / scale) if margin else (0, 1)
         axes.fill_betweenx([y - 0.4, y + 0.4], left, right, color=utils.BLUE, alpha=0.1, linewidth=0)
         axes.plot([0, 0], [y - 0.4, y + 0.4], color="black", linewidth=0.8)
         for dots, shift, edge in zip(estimate.dots, (-0.22, 0.22), (utils.GRAY, color)):
-            inside = [sign * dot / scale for dot in dots if abs(dot) <= scale]
-            axes.plot(inside, [y + shift] * len(inside), "o", color=edge, markersize=3, alpha=0.7)
+            places = [sign * dot / scale for dot in dots]
+            axes.plot(places, [y + shift] * len(places), "o", color=edge, markersize=3, alpha=0.7)
         axes.plot([low / scale, high / scale], [y, y], color=color, linewidth=2)
         axes.plot(middle / scale, y, "o", color=color)
         digits, unit = (2, "points") if estimate.unit == 100 else (3, "nats")
         parts = [cell(value, estimate.unit, digits) for value in (estimate.figure, ends)]
         axes.text(1.3, y, f"{' '.join(parts)} {unit}", va="center", fontsize=10)
-    figure.suptitle(title, fontsize=12)
     utils.save_figure(figure, path)
 
 
 def draw_stress(path, arms, title):
     """Accuracy by corruption; accuracy and confidence against severity; accuracy under attack."""
-    figure, (left, middle, right) = utils.new_figure(15, 5, 1, 3)
+    figure, (left, middle, right) = utils.new_figure(15, 5, 1, 3, title)
     names = sorted(CORRUPTIONS, key=lambda name: arms[0][0].stress.accuracy("corruption", name=name))
     points = [("clean", 0)] + [("corruption", severity) for severity in range(1, 6)]
     attacks = {"pgd": ("-o", "PGD"), "fgsm": (":", "FGSM"), "transfer": ("--", "made against the baseline")}
@@ -1152,7 +1119,6 @@ def draw_stress(path, arms, title):
     for axes in (left, middle, right):
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
-    figure.suptitle(title)
     utils.save_figure(figure, path)
 
 
@@ -1208,14 +1174,12 @@ def parse_args(argv):
 
 def update_logits(folders, args):
     """Compute the logits that are missing or outdated. Returns the device, None if none is needed."""
-    stale = []
-    for run_dir, config in folders:
-        place = run_dir, *utils.dataset_of(run_dir, config, args)
-        if (run_dir / "best.pt").exists() and (args.refresh or known_checksums(run_dir) != checksums(run_dir)):
-            stale.append(place)
+    places = {run_dir: utils.dataset_of(run_dir, config, args) for run_dir, config in folders}
+    stale = [run_dir for run_dir in places if (run_dir / "best.pt").exists()]
+    stale = [run_dir for run_dir in stale if args.refresh or known_checksums(run_dir) != checksums(run_dir)]
     device = utils.select_device(args.device) if stale or args.stress or args.device != "auto" else None
-    for place in stale:
-        compute_logits(*place, device)
+    for run_dir in stale:
+        compute_logits(run_dir, *places[run_dir], device)
     return device
 
 
@@ -1266,15 +1230,14 @@ def report_claims(recipes, args):
         content["claims"].append(row | {"control": estimate.control, "control_value": estimate.control_value})
     new = utils.write_json(folder / "verdict.json", content)
     if new or not (folder / "verdict.png").exists():
-        common = {"model": MODELS[before["model"]], "epochs": f"{before.get('epochs')} epochs"}
+        common = {"model": MODELS.get(before["model"], before["model"]), "epochs": f"{before.get('epochs')} epochs"}
         about = [TITLES[dataset], *(text for key, text in common.items() if key not in keys), f"seeds {seeds}"]
         title = f"{what}: do the claims hold? {', '.join(about)}"
         draw_verdict(folder / "verdict.png", rows, title)
     print(f"wrote verdict.json and verdict.png to {folder}")
     stressed = [arm for arm in recipes.arms if all(run.stress for run in arm)]
     if stressed and (args.stress or new or not (folder / "stress.png").exists()):
-        source = stressed[0][0].stress.source
-        draw_stress(folder / "stress.png", stressed, f"{TITLES[dataset]} under stress, {source}")
+        draw_stress(folder / "stress.png", stressed, f"{TITLES[dataset]} under stress, {stressed[0][0].stress.source}")
 
 
 def main(argv=None):
@@ -1286,12 +1249,11 @@ def main(argv=None):
     device = update_logits(folders, args)
     runs = [read_run(*folder) for folder in folders]
     comparable = [run for run in runs if np.array_equal(run.labels, runs[0].labels)]
-    for run in runs:
-        if run not in comparable:
-            warn(f"{run.folder} was scored on other images than {runs[0].folder} and is compared with nothing")
     arms = by_recipe(comparable)
     weights = resample(runs[0].labels)
     for run in runs:
+        if run not in comparable:
+            warn(f"{run.folder} was scored on other images than {runs[0].folder} and is compared with nothing")
         run.measure(weights if run in comparable else resample(run.labels))
         write_run(run, args)
         run.stress = None if args.refresh and args.stress else read_stress(run)

@@ -998,6 +998,7 @@ def test_metrics_against_loops():
         assert math.isclose(scores.brier[i], math.fsum((p - (k == label)) ** 2 for k, p in enumerate(probs)))
         ranked = sorted(range(100), key=lambda k: (-logits[i, k], k))
         assert scores.pred[i] == ranked[0] and scores.top5[i] == (label in ranked[:5])
+        assert scores.failures[i] == (label != ranked[0] and max(probs) > 0.9)
         family = next(group.split() for group in data.SUPERCLASSES.values() if data.CLASS_NAMES[label] in group.split())
         assert scores.same_superclass[i] == (data.CLASS_NAMES[ranked[0]] in family)
     scores.confidence = scores.confidence.round(2)  # ties
@@ -1009,7 +1010,7 @@ def test_metrics_against_loops():
         "accuracy": correct.mean(), "nll": scores.nll.mean(), "aurc": np.mean(risks),
         "ece": utils.calibration_error(confidence, correct), "auroc_failure": sum(pairs) / len(pairs),
         "errors_within_superclass": scores.same_superclass[wrong].mean(),
-        "signed_gap": confidence.mean() - correct.mean(), "confident_errors": (wrong & (confidence > 0.9)).mean(),
+        "signed_gap": confidence.mean() - correct.mean(), "confident_errors": scores.failures.mean(),
     }  # fmt: skip
     found = evaluate.metrics(scores, labels, np.ones((1, len(labels))))
     for name, value in expected.items():

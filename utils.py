@@ -619,7 +619,7 @@ def duration(seconds):
     return f"{minutes} min {seconds:02d} s" if minutes else f"{seconds} s"
 
 
-def new_figure(width, height, rows=1, columns=1, **kwargs):
+def new_figure(width, height, rows=1, columns=1, title=None, **kwargs):
     """(figure, axes) in inches, without pyplot: no window, no state; a notebook's own plots stay."""
     if "matplotlib" not in sys.modules and "ipykernel" not in sys.modules:
         # `!python train.py` in Colab inherits the notebook's backend, which cannot be imported outside it.
@@ -628,6 +628,8 @@ def new_figure(width, height, rows=1, columns=1, **kwargs):
 
     figure = Figure(figsize=(width, height), layout="constrained")
     figure._repr_png_ = lambda: png(figure)  # so a notebook shows it where it ends a cell
+    if title:
+        figure.suptitle(title)
     return figure, figure.subplots(rows, columns, **kwargs)
 
 
