@@ -59,8 +59,7 @@ RESAMPLES, BLOCK = 2000, 100  # bootstrap resamples of the test images, and how 
 
 def compute_logits(run_dir, dataset, data_dir, device):
     """Run best.pt over the test and the validation images in float32; save logits and labels."""
-    checkpoint = utils.load_checkpoint(run_dir / "best.pt")
-    model = utils.network(checkpoint, run_dir / "best.pt", device)
+    model, checkpoint = utils.load_best(run_dir, device)
     images, labels = load_dataset(dataset, data_dir, train=True)
     _, val_index = split_train_val(labels, checkpoint["args"]["val_size"], checkpoint["args"]["seed"])
     if checkpoint.get("split") != split_id(val_index):
@@ -723,21 +722,11 @@ def first_of_each_class(labels, count):
     return np.sort(by_class[:, : count // NUM_CLASSES].ravel())
 
 
-def read_array(path, shape, kinds, made_by, what):
-    """A .npy file, which must hold an array of this shape, with a dtype of these kinds ("iu": integers)."""
-
-    def check(array):
-        sound = array.shape == shape and array.dtype.kind in kinds
-        utils.require(sound, f"{array.dtype} {array.shape} instead of {kinds} {shape}")
-
-    return utils.read_npy(path, made_by, what, check)
-
-
 def read_cifar_c(folder, name, severity, index, shape=(32, 32, 3)):
     """Test images of these indices in the authors' CIFAR-100-C: 5 severities of 10,000, one after the other."""
     path, shape = Path(folder).expanduser() / f"{name}.npy", (50_000, *shape)
     made_by = "a download of CIFAR-100-C (zenodo.org/records/3555552)"
-    array = read_array(path, shape, "iu", made_by, f"integers {shape}")
+    array = utils.read_npy(path, made_by, f"integers {shape}", shape, "iu")
     return torch.from_numpy(array[(severity - 1) * 10_000 + index])
 
 
@@ -836,8 +825,8 @@ def read_stress(run):
         return None
     labels = run.labels[first_of_each_class(run.labels, rows[0]["images"])]
     shape = (len(CONDITIONS), len(labels))
-    preds = read_array(run.folder / "stress_preds.npy", shape, "u", made_by, "stress results")
-    confidence = read_array(run.folder / "stress_confidence.npy", shape, "f", made_by, "stress results")
+    preds = utils.read_npy(run.folder / "stress_preds.npy", made_by, "stress results", shape, "u")
+    confidence = utils.read_npy(run.folder / "stress_confidence.npy", made_by, "stress results", shape, "f")
     about = rows[0]["source"], rows[0]["checkpoint"], rows[-1]["surrogate"]  # the last condition is a transfer
     return Stress(labels, preds, confidence, *about)
 

@@ -521,9 +521,8 @@ class Subject:
         self.data_flag = utils.data_flag(args)
         self.names = class_names(self.dataset)
         self.target = args.target if args.target in ("predicted", "true") else class_label(args.target, self.names)
-        checkpoint = utils.load_checkpoint(self.run_dir / "best.pt")
-        self.model = utils.network(checkpoint, self.run_dir / "best.pt", self.device)
-        self.trained = utils.NEWER_FLAGS | checkpoint["args"]  # train.py's arguments
+        self.model, checkpoint = utils.load_best(self.run_dir, self.device)
+        self.trained = checkpoint["args"]  # train.py's arguments
         last = LAST_MAP[self.trained["model"]]
         self.layer = args.layer or last
         try:

@@ -36,12 +36,10 @@ class BasicBlock(nn.Module):
         self.bn1 = nn.BatchNorm2d(channels)
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(channels)
-        if stride == 1 and in_channels == channels:
-            self.downsample = nn.Identity()
-        else:  # the sum needs equal shapes: option B of the paper, a 1x1 convolution
-            self.downsample = nn.Sequential(
-                nn.Conv2d(in_channels, channels, 1, stride, bias=False), nn.BatchNorm2d(channels)
-            )
+        self.downsample = nn.Identity()
+        if stride != 1 or in_channels != channels:  # the sum needs equal shapes: option B of the paper, a 1x1 layer
+            projection = nn.Conv2d(in_channels, channels, 1, stride, bias=False)
+            self.downsample = nn.Sequential(projection, nn.BatchNorm2d(channels))
 
     def forward(self, x):
         shortcut = self.downsample(x)
@@ -161,12 +159,10 @@ def make_model(name="resnet18", num_classes=100, width=64):
     has about a 16th of the parameters and is for quick looks. Draws its weights from torch's global
     generator: call torch.manual_seed first to get the same ones again.
     """
-    if name == "cct":
-        return CCT(num_classes, width)
-    if name in MODELS:
-        blocks = {"resnet18": (2, 2, 2, 2), "resnet34": (3, 4, 6, 3)}[name]
-        return ResNet(blocks, num_classes, width)
-    raise ValueError(f"no model {name!r}; there are {', '.join(MODELS)}")
+    if name not in MODELS:
+        raise ValueError(f"no model {name!r}; there are {', '.join(MODELS)}")
+    blocks = {"resnet18": (2, 2, 2, 2), "resnet34": (3, 4, 6, 3)}
+    return CCT(num_classes, width) if name == "cct" else ResNet(blocks[name], num_classes, width)
 
 
 def resnet18(num_classes=100, width=64):

@@ -79,10 +79,9 @@ def parse_args(argv):
         parser.set_defaults(**QUICK, dataset=None)
     if args.model == "cct":
         parser.set_defaults(**ADAMW)
+    parser.set_defaults(warmup_epochs=parser.parse_args(argv).epochs / 8)
     args = parser.parse_args(argv)  # again: what was given overrides these defaults
     check(parser, args)
-    if args.warmup_epochs is None:
-        args.warmup_epochs = args.epochs / 8
 
     data_dir = Path(args.data_dir or "data").expanduser().resolve()
     found = find_cifar100(data_dir)
@@ -93,9 +92,7 @@ def parse_args(argv):
         parser.error(f"no CIFAR-100 in --data-dir {data_dir}; {advice}")
     args.data_dir = str(data_dir)  # absolute: the scripts that read this run find the data from anywhere
 
-    defaults = {action.dest: parser.get_default(action.dest) for action in recipe._group_actions}
-    defaults["warmup_epochs"] = args.epochs / 8
-    args.output_dir = args.output_dir or str(Path("runs") / run_name(args, defaults))
+    args.output_dir = args.output_dir or str(Path("runs") / run_name(args, recipe._group_actions))
     return args
 
 
@@ -103,14 +100,13 @@ def check(parser, args):
     """What argparse cannot check. torch ignores a negative or NaN smoothing, for one."""
     train_size = 50_000 - args.val_size
     images = train_size if args.limit is None else args.limit
-    warmup = args.warmup_epochs or 0
     for flag, valid, wanted in (
         ("--smoothing", 0 <= args.smoothing < 1, "in [0, 1)"),
         ("--epochs", args.epochs >= 1, "at least 1"),
         ("--lr", 0 < args.lr < math.inf, "positive and finite"),
         ("--momentum", 0 < args.momentum < 1, "in (0, 1)"),
         ("--weight-decay", 0 <= args.weight_decay < math.inf, "0 or positive, and finite"),
-        ("--warmup-epochs", 0 <= warmup < args.epochs, f"at least 0 and below --epochs {args.epochs}"),
+        ("--warmup-epochs", 0 <= args.warmup_epochs < args.epochs, f"at least 0 and below --epochs {args.epochs}"),
         ("--patience", args.patience >= 0, "at least 0"),
         ("--seed", 0 <= args.seed < 2**32, "in 0..4294967295"),
         ("--val-size", args.val_size in range(100, 50_000, 100), "a multiple of 100 in 100..49900"),
@@ -124,14 +120,14 @@ def check(parser, args):
             parser.error(f"{flag} {getattr(args, flag[2:].replace('-', '_'))} must be {wanted}")
 
 
-def run_name(args, defaults):
+def run_name(args, flags):
     """baseline, smoothing0.1 or quick, then -<flag><value> for each other recipe flag off its default."""
     name = "quick" if args.quick else "baseline"
-    for flag, default in defaults.items():
-        value = getattr(args, flag)
-        if value != default:
+    for flag in flags:  # argparse's actions, which know their defaults
+        value = getattr(args, flag.dest)
+        if value != flag.default:
             text = "" if value is True else f"{value:g}" if isinstance(value, float) else str(value)
-            name += f"-{flag.replace('_', '-')}{text}"
+            name += f"-{flag.dest.replace('_', '-')}{text}"
     name = re.sub("^baseline-smoothing", "smoothing", name)
     return f"synthetic-{name}" if args.dataset == "synthetic" and not args.quick else name
 
@@ -197,7 +193,7 @@ def exclusive(run_dir):
 
 
 def load_last(run_dir, args):
-    """The checkpoint to continue from, or None for a new run. Never overwrites a run, never mixes two.
+    """The checkpoint to continue from; for a new run, one without epochs. Never overwrites a run, never mixes two.
 
     A folder in which no epoch was saved counts as empty.
     """
@@ -209,12 +205,11 @@ def load_last(run_dir, args):
             raise ScriptError(f"{run_dir} has a log.csv but no last.pt to continue from; {elsewhere}")
         if args.resume:
             print("nothing to resume yet, starting from the beginning")
-        return None
+        return {"history": [], "best_epoch": 0, "best_acc": -1.0, "finished": False}
     checkpoint = utils.load_checkpoint(last)
-    wanted = {"optimizer", "scaler", "history", "setup", "best_epoch", "best_acc", "finished"}
-    if not wanted <= checkpoint.keys():
+    if "optimizer" not in checkpoint:
         raise ScriptError(f"{last} holds weights only, like a best.pt; put the real one back, or {elsewhere}")
-    for name, old in (utils.NEWER_FLAGS | checkpoint["args"]).items():
+    for name, old in checkpoint["args"].items():
         new, flag = getattr(args, name, None), "--" + name.replace("_", "-")
         if name not in utils.PLACES and new != old:
             raise ScriptError(f"{run_dir} was started with {flag} {old}, not {new}; repeat its flags, or {elsewhere}")
@@ -280,26 +275,18 @@ def draw_curves(run_dir, args, history, best_epoch):
 # ---- what is printed ------------------------------------------------------------------------------------
 
 HEADER = """\
-                      training        validation           best
-  epoch       lr    loss      %     loss      %      %  epoch  images/s  left"""
+                     training    validation         best
+  epoch      lr   loss      %   loss      %      % epoch images/s  left"""
 
 
 def epoch_line(row, best_acc, best_epoch, epochs):
     """One row of the log for the screen, under HEADER."""
     left = duration((epochs - row["epoch"]) * row["seconds"])
     return (
-        f"{row['epoch']:>3}/{epochs:<3} {row['lr']:8.5f} {row['train_loss']:7.3f} "
-        f"{100 * row['train_acc']:6.2f} {row['val_loss']:8.3f} {100 * row['val_acc']:6.2f} "
-        f"{100 * best_acc:6.2f} {best_epoch:6} {row['images_per_second']:9,.0f}  {left}"
+        f"{row['epoch']:>3}/{epochs:<3} {row['lr']:7.5f} {row['train_loss']:6.3f} {100 * row['train_acc']:6.2f} "
+        f"{row['val_loss']:6.3f} {100 * row['val_acc']:6.2f} {100 * best_acc:6.2f} {best_epoch:5} "
+        f"{row['images_per_second']:8,.0f}  {left}"
     )
-
-
-def show_progress(progress, args, epoch, done, steps, seconds, loss):
-    """How far an epoch is: done of its steps, in seconds."""
-    left = seconds / done * ((args.epochs - epoch + 1) * steps - done)
-    speed = done * args.batch_size / seconds
-    where = f"epoch {epoch}/{args.epochs}, step {done}/{steps}"
-    progress.show(f"{where}: loss {loss:.3f}, {speed:,.0f} images/s, {duration(left)} left")
 
 
 def check_finite(loss, dtype, step, history):
@@ -312,8 +299,7 @@ def check_finite(loss, dtype, step, history):
 
 def announce(run_dir, args, setup, sizes, reason):
     """What is trained, where and how."""
-    train_images, val_images = sizes["train_images"], sizes["val_images"]
-    print(f"{TITLES[args.dataset]}: {train_images:,} training, {val_images:,} validation images")
+    print(f"{TITLES[args.dataset]}: {sizes['train_images']:,} training, {sizes['val_images']:,} validation images")
     print(f"{MODELS[args.model]}: {sizes['parameters']:,} parameters, at most {args.epochs} epochs")
     machine = f"{setup['device']}, {setup['threads']} threads, torch {setup['torch']}"
     print(f"{machine}, {setup['precision']}: {reason}")
@@ -325,18 +311,15 @@ def announce(run_dir, args, setup, sizes, reason):
 # ---- training -------------------------------------------------------------------------------------------
 
 
-def train(args, device, precision, run_dir, checkpoint, history):
-    """Train until the last epoch or early stopping; returns the content of last.pt.
-
-    history: the rows of the epochs that last.pt holds; one is added whenever another epoch is saved.
-    """
+def train(args, device, precision, run_dir, checkpoint):
+    """Train until the last epoch or early stopping. checkpoint: of load_last(); updated when an epoch is saved."""
     configure(device, args.deterministic)
 
     # data: all of it on the device
     images, labels = load_dataset(args.dataset, args.data_dir, train=True, url=args.data_url)
     train_index, val_index = split_train_val(labels, args.val_size, args.seed)
     split = split_id(val_index)
-    if checkpoint and checkpoint["split"] != split:
+    if checkpoint.get("split", split) != split:
         raise ScriptError(f"{run_dir}: this NumPy splits images differently; resume with the version in config.json")
     train_index = train_index[: args.limit]
     train_images, train_labels = pad(images[train_index]).to(device), labels[train_index].to(device)
@@ -369,10 +352,9 @@ def train(args, device, precision, run_dir, checkpoint, history):
     parameters = sum(parameter.numel() for parameter in model.parameters())
     sizes = {"parameters": parameters, "train_images": len(train_images), "val_images": len(val_images)}
     announce(run_dir, args, setup, sizes, reason)
-    best_epoch, best_acc = 0, -1.0
-    if checkpoint:
+    best_epoch, best_acc = checkpoint["best_epoch"], checkpoint["best_acc"]
+    if checkpoint["history"]:
         restore(checkpoint, run_dir / "last.pt", setup, model, optimizer, scaler)
-        best_epoch, best_acc = checkpoint["best_epoch"], checkpoint["best_acc"]
     for partial in [path for name in FILES for path in run_dir.glob(f".{name}.*.partial")]:
         partial.unlink()  # of a process that was killed while it wrote
     config = {"args": vars(args), "dataset": args.dataset, **setup, **sizes, "finished": False}
@@ -380,7 +362,7 @@ def train(args, device, precision, run_dir, checkpoint, history):
     print(HEADER, flush=True)
 
     progress = utils.Progress()
-    for epoch in range(len(history) + 1, args.epochs + 1):
+    for epoch in range(len(checkpoint["history"]) + 1, args.epochs + 1):
         begin = time.monotonic()
         order, offsets, flips = [part.to(device) for part in epoch_plan(args.seed, epoch, len(train_images))]
         mixes = mix_plan(args.seed, epoch, steps_per_epoch, args.mixup, args.cutmix) if mixing else None
@@ -412,9 +394,12 @@ def train(args, device, precision, run_dir, checkpoint, history):
 
             # progress
             if progress.due():
-                check_finite(loss_sum.item(), dtype, step + 1, history)
-                seconds, mean_loss = time.monotonic() - begin, loss_sum.item() / (i + 1)
-                show_progress(progress, args, epoch, i + 1, steps_per_epoch, seconds, mean_loss)
+                mean_loss = loss_sum.item() / (i + 1)  # waits for the device
+                check_finite(mean_loss, dtype, step + 1, checkpoint["history"])
+                pace = (time.monotonic() - begin) / (i + 1)  # seconds a step
+                speed, left = args.batch_size / pace, duration(pace * (total_steps - step - 1))
+                where = f"epoch {epoch}/{args.epochs}, step {i + 1}/{steps_per_epoch}"
+                progress.show(f"{where}: loss {mean_loss:.3f}, {speed:,.0f} images/s, {left} left")
             if step == 9 and device.type == "cpu" and not args.compile:
                 hours = (time.monotonic() - begin) / (i + 1) * total_steps / 3600
                 if hours > 1.5:
@@ -428,7 +413,7 @@ def train(args, device, precision, run_dir, checkpoint, history):
         with mixed_precision:
             val_logits = utils.predict(model, batches)  # (10000, 100)
         val_loss = F.cross_entropy(val_logits, val_labels).item()
-        check_finite(train_loss + val_loss, dtype, step + 1, history)
+        check_finite(train_loss + val_loss, dtype, step + 1, checkpoint["history"])
         row = {
             "epoch": epoch,
             "lr": lr,  # of the epoch's last step
@@ -448,18 +433,18 @@ def train(args, device, precision, run_dir, checkpoint, history):
         common = {"format": 1, "args": vars(args), "epoch": epoch, "split": split, "model": model.state_dict()}
         if better:
             save_checkpoint(run_dir / "best.pt", common | {"val_acc": best_acc})
-        checkpoint = common | {
+        content = common | {
             "optimizer": optimizer.state_dict(),
             "scaler": scaler.state_dict(),
             "setup": setup,
-            "history": [*history, row],
+            "history": [*checkpoint["history"], row],
             "best_epoch": best_epoch,
             "best_acc": best_acc,
             "finished": epoch == args.epochs or stop_early,
         }
-        save_checkpoint(run_dir / "last.pt", checkpoint)
-        history.append(row)
-        write_log(run_dir, args, history, best_epoch, curves=row["seconds"] > 5)  # drawing takes 0.3 s
+        save_checkpoint(run_dir / "last.pt", content)
+        checkpoint |= content  # in place: main() tells from it what is kept
+        write_log(run_dir, args, checkpoint["history"], best_epoch, curves=row["seconds"] > 5)  # drawing takes 0.3 s
 
         # report
         progress.clear()
@@ -469,7 +454,6 @@ def train(args, device, precision, run_dir, checkpoint, history):
         if stop_early:
             print(f"no better validation accuracy in {args.patience} epochs: stopping early")
             break
-    return checkpoint
 
 
 def finish(run_dir, args, checkpoint):
@@ -493,16 +477,15 @@ def main(argv=None):
     run_dir = Path(args.output_dir).expanduser()
     with exclusive(run_dir):
         checkpoint = load_last(run_dir, args)
-        history = checkpoint["history"] if checkpoint else []
-        if checkpoint and checkpoint["finished"]:
-            print(f"already finished after epoch {len(history)}")
+        if checkpoint["finished"]:
+            print(f"already finished after epoch {checkpoint['epoch']}")
             return finish(run_dir, args, checkpoint)
         try:
-            checkpoint = train(args, device, precision, run_dir, checkpoint, history)
+            train(args, device, precision, run_dir, checkpoint)
         except KeyboardInterrupt as interrupt:
-            code = 143 if isinstance(interrupt, utils.Terminated) else 130
-            kept = f"last.pt holds epoch {len(history)}" if history else "nothing was saved yet"
-            raise ScriptError(f"stopped in epoch {len(history) + 1}; {kept}; add --resume to continue", code) from None
+            code, done = 143 if interrupt.args else 130, len(checkpoint["history"])
+            kept = f"last.pt holds epoch {done}" if done else "nothing was saved yet"
+            raise ScriptError(f"stopped in epoch {done + 1}; {kept}; add --resume to continue", code) from None
         except Exception as error:
             compiler = type(error).__module__.startswith(("torch._dynamo", "torch._inductor"))
             if args.compile and (compiler or "torch.compile" in str(error)):

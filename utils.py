@@ -48,10 +48,6 @@ class ScriptError(Exception):
         self.code = code
 
 
-class Terminated(KeyboardInterrupt):
-    """SIGTERM, raised as an exception so that `finally` and `with` clean up as they do after Ctrl-C."""
-
-
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     def _get_help_string(self, action):
         plain = action.default is None or action.default is False  # "(default: None)" tells nobody anything
@@ -94,7 +90,7 @@ def run_script(main):
     """
 
     def terminate(signum, frame):
-        raise Terminated
+        raise KeyboardInterrupt("SIGTERM")  # so that `finally` and `with` clean up as they do after Ctrl-C
 
     signal.signal(signal.SIGTERM, terminate)  # by default SIGTERM ends Python without running any `finally`
     try:
@@ -104,7 +100,7 @@ def run_script(main):
     except ScriptError as error:
         message, code = str(error), error.code
     except KeyboardInterrupt as interrupt:
-        message, code = "stopped", 143 if isinstance(interrupt, Terminated) else 130
+        message, code = "stopped", 143 if interrupt.args else 130  # Ctrl-C's has no arguments
     except BrokenPipeError:  # `python evaluate.py ... | head`: quiet, as a program that SIGPIPE ends
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
@@ -112,7 +108,7 @@ def run_script(main):
         where, what = error.filename or "the system", error.strerror or error
         message, code = f"{where}: {what}; what was saved is intact", 1
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "alloc" not in str(error).lower():
+        if isinstance(error, RuntimeError) and not re.search("alloc|out of memory", str(error)):
             raise
         message, code = "out of memory; use another --device (to train: a smaller --batch-size)", 1
     sys.stdout.flush()
@@ -214,13 +210,14 @@ def lock(file, wait=False):
     return True
 
 
-# ---- reading: whatever comes from disk goes through read() -----------------------------------------------
+# ---- reading: whatever comes from disk goes through reading() --------------------------------------------
 
 
-def read(path, parse, what, made_by):
-    """parse(the bytes of a file), or ScriptError in one line if it is missing, damaged or something else.
+@contextlib.contextmanager
+def reading(path, made_by, what):
+    """The bytes of a file, to be parsed in the `with` block; ScriptError in one line if it is missing or damaged.
 
-    what: the content expected, such as "a list of failures". made_by: the command that makes the file. parse
+    made_by: the command that makes the file. what: the content expected, such as "a list of failures". The block
     may raise anything: on damaged files json, csv, zip, NumPy and torch raise KeyError to UnicodeDecodeError.
     """
     try:
@@ -230,7 +227,7 @@ def read(path, parse, what, made_by):
     except OSError as error:
         raise ScriptError(f"{path} cannot be read ({error.strerror}); it should be {what}") from None
     try:
-        return parse(content)
+        yield content
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ScriptError(f"{path} is not {what} ({reason}); run {made_by} again") from None
@@ -242,23 +239,9 @@ def require(condition, reason):
         raise ValueError(reason)
 
 
-def read_json(path, made_by, what="a JSON object", **kinds):
-    """The dict in a JSON file. kinds: the type that each of these keys must have."""
-
-    def parse(content):
-        found = json.loads(content)
-        require(isinstance(found, dict), "no JSON object")
-        for key, kind in kinds.items():
-            require(isinstance(found.get(key), kind), f"it lacks the {kind.__name__} {key}")
-        return found
-
-    return read(path, parse, what, made_by)
-
-
 def read_csv(path, made_by, what, columns):
     """The rows of a CSV file as dicts. columns: {name: type} that must be there; the others are text."""
-
-    def parse(content):
+    with reading(path, made_by, what) as content:
         reader = csv.DictReader(io.StringIO(content.decode()))
         missing = columns.keys() - set(reader.fieldnames or ())
         require(not missing, f"it lacks {', '.join(sorted(missing))}")
@@ -266,21 +249,22 @@ def read_csv(path, made_by, what, columns):
         require(all(None not in row and None not in row.values() for row in rows), "a row is cut short or too long")
         return [row | {name: kind(row[name]) for name, kind in columns.items()} for row in rows]
 
-    return read(path, parse, what, made_by)
 
+def read_npy(path, made_by, what, shape, kinds, wrong=lambda array: [], digest=None):
+    """A .npy array, never unpickling, of this shape (None: any length) and a dtype of these kinds ("iu": integers).
 
-def read_npy(path, made_by, what, check=lambda array: None, digest=None):
-    """A .npy array, never unpickling. digest: the file's SHA-256, if it is known."""
-
-    def parse(content):
+    wrong(array): which rows have a value that cannot be. digest: the file's SHA-256, if it is known.
+    """
+    with reading(path, made_by, what) as content:
         known = digest in (None, hashlib.sha256(content).hexdigest())
         require(known, "damaged or replaced: metrics.json was made from another one")
         require(content[:6] == b"\x93NUMPY", "no .npy file")
         array = np.load(io.BytesIO(content), allow_pickle=False)
-        check(array)
+        fits = array.size > 0 and array.shape[1:] == shape[1:] and shape[0] in (None, len(array))
+        require(fits and array.dtype.kind in kinds, f"{array.dtype} {array.shape} instead of {kinds} {shape}")
+        rows = np.flatnonzero(wrong(array))
+        require(len(rows) == 0, f"a NaN, an infinity or a label outside 0..99 in row {rows[:1]}")
         return array
-
-    return read(path, parse, what, made_by)
 
 
 def open_run(text, writable=True):
@@ -288,10 +272,10 @@ def open_run(text, writable=True):
     run_dir = Path(text).expanduser()
     if run_dir.is_file():
         raise ScriptError(f"{run_dir} is a file; name the run directory, such as {run_dir.parent}")
-    path, what = run_dir / "config.json", "the config.json of a run"
-    config = read_json(path, "python train.py", what, args=dict, dataset=str)
-    if config["dataset"] not in ("cifar100", "synthetic"):
-        raise ScriptError(f"{path} is not {what}; name a run directory of python train.py")
+    with reading(run_dir / "config.json", "python train.py", "the config.json of a run") as content:
+        config = json.loads(content)
+        require(isinstance(config, dict) and isinstance(config.get("args"), dict), "no arguments of train.py")
+        require(config.get("dataset") in ("cifar100", "synthetic"), "no known data set")
     if writable and not os.access(run_dir, os.W_OK):
         raise ScriptError(f"{run_dir} cannot be written to; copy it to a folder of yours")
     return run_dir, config
@@ -330,7 +314,8 @@ def load_checkpoint(path):
     not do: a flipped bit in a tensor would go unnoticed.
     """
 
-    def parse(content):
+    check_torch()
+    with reading(path, "python train.py", "a checkpoint of this project") as content:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
             damaged = archive.testzip()
         require(not damaged, f"wrong CRC in {damaged}")
@@ -340,17 +325,16 @@ def load_checkpoint(path):
             asks = re.search(r"GLOBAL (\S+)", str(error))
             raise ValueError(f"it asks to run {asks[1]}, refused" if asks else type(error).__name__) from None
         require(checkpoint["format"] == 1 and type(checkpoint["epoch"]) is int, "another version of train.py")
-        args, tensors = NEWER_FLAGS | checkpoint["args"], checkpoint["model"].values()
+        args = checkpoint["args"] = NEWER_FLAGS | checkpoint["args"]
         require(args["dataset"] in ("cifar100", "synthetic"), "an unknown data set")
         require(args["model"] in MODELS, f"no model {args['model']!r} here")
         sizes = {"width": range(1, 1025), "seed": range(2**32), "val_size": range(50_000)}
         for key, allowed in sizes.items():
             require(type(args[key]) is int and args[key] in allowed, f"bad {key}")
-        require(all(isinstance(tensor, torch.Tensor) for tensor in tensors), "weights are no tensors")
+        weights = checkpoint["model"].items()
+        tensors = all(isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in weights)
+        require(tensors, "weights are no tensors")
         return checkpoint
-
-    check_torch()
-    return read(path, parse, "a checkpoint of this project", "python train.py")
 
 
 def load_weights(model, state, path):
@@ -365,24 +349,27 @@ def load_weights(model, state, path):
         raise ScriptError(f"{path} belongs to another network ({some}); use a run of train.py") from None
 
 
-def network(checkpoint, path, device="cpu"):
-    """The network of a checkpoint, with its weights, on the device, in eval mode."""
-    args = NEWER_FLAGS | checkpoint["args"]
-    model = make_model(args["model"], width=args["width"])
+def load_best(run, device):
+    """(network, checkpoint) of a run's best.pt: the network with its weights, on the device, in eval mode."""
+    path = Path(run).expanduser() / "best.pt"
+    checkpoint = load_checkpoint(path)
+    model = make_model(checkpoint["args"]["model"], width=checkpoint["args"]["width"])
     load_weights(model, checkpoint["model"], path)
-    return model.to(device, memory_format=memory_format(device)).eval()
+    return model.to(device, memory_format=memory_format(device)).eval(), checkpoint
 
 
 def load_model(run, device="cpu"):
     """The best network of a run, in eval mode: load_model("runs/baseline")(images) gives logits (N, 100)."""
-    path = Path(run).expanduser() / "best.pt"
-    return network(load_checkpoint(path), path, device)
+    return load_best(run, device)[0]
 
 
 def recorded_checksums(run_dir):
     """{file: SHA-256} in metrics.json: of best.pt and of the arrays that it was made from."""
     path, made_by = Path(run_dir) / "metrics.json", f"python evaluate.py {quote(run_dir)}"
-    return read_json(path, made_by, "the scores of a run", sha256=dict)["sha256"]
+    with reading(path, made_by, "the scores of a run") as content:
+        found = json.loads(content)
+        require(isinstance(found, dict) and isinstance(found.get("sha256"), dict), "no checksums")
+        return found["sha256"]
 
 
 def load_logits(run_dir, split):
@@ -392,24 +379,15 @@ def load_logits(run_dir, split):
     made from.
     """
 
-    def check_logits(array):
-        sound = array.ndim == 2 and array.shape[1] == 100 and len(array) > 0 and array.dtype.kind == "f"
-        require(sound, f"{array.dtype} {array.shape}, floats (N, 100) are wanted")
-        require(split != "test" or len(array) == 10_000, f"{len(array)} rows for the 10000 test images")
-        bad_rows = np.flatnonzero(~np.isfinite(array).all(1))
-        require(len(bad_rows) == 0, f"a NaN or infinite value in row {bad_rows[:1]}")
+    run_dir, made_by = Path(run_dir), f"python evaluate.py {quote(run_dir)}"
+    known = recorded_checksums(run_dir) if (run_dir / "metrics.json").exists() else {}
 
-    def check_labels(array):
-        sound = array.shape == (len(logits),) and array.dtype.kind in "iu"
-        require(sound, f"{array.dtype} {array.shape}, integers ({len(logits)},) are wanted")
-        require(array.min() >= 0 and array.max() < 100, "labels outside 0..99")
+    def load(kind, *demands):
+        name = f"{split}_{kind}.npy"
+        return read_npy(run_dir / name, made_by, f"the {kind} of a run", *demands, digest=known.get(name))
 
-    def load(name, what, check):
-        return read_npy(Path(run_dir) / name, f"python evaluate.py {quote(run_dir)}", what, check, known.get(name))
-
-    known = recorded_checksums(run_dir) if (Path(run_dir) / "metrics.json").exists() else {}
-    logits = load(f"{split}_logits.npy", "the logits of a run", check_logits)
-    labels = load(f"{split}_labels.npy", "the labels of a run", check_labels)
+    logits = load("logits", (10_000 if split == "test" else None, 100), "f", lambda array: ~np.isfinite(array).all(1))
+    labels = load("labels", (len(logits),), "iu", lambda array: (array < 0) | (array > 99))
     if logits.min() >= 0 and np.abs(logits.sum(1, dtype=np.float64) - 1).max() < 1e-3:
         warn(f"{run_dir}: {split}_logits.npy looks like probabilities: every confidence from it is too low")
     return logits.astype(np.float64), labels.astype(np.int64)
@@ -445,7 +423,7 @@ def select_device(name):
     device = torch.device(name)
     try:
         torch.ones(1, device=device).add(1).item()
-    except RuntimeError as error:  # a P100 is "available" to a PyTorch that has no kernels for it
+    except (RuntimeError, AssertionError) as error:  # a P100 is "available" to a PyTorch without kernels for it
         reason, advice = str(error).splitlines()[0], "choose another GPU (Kaggle: T4) or --device cpu"
         raise ScriptError(f"{name} does not run this PyTorch ({reason}); {advice}", code=1) from None
     with warnings.catch_warnings():
@@ -482,14 +460,12 @@ def select_precision(amp, device):
             if re.search(r"\b(avx512_bf16|amx_bf16|bf16)\b", Path("/proc/cpuinfo").read_text()):
                 fast, reason = "bf16", "fast on this CPU"
     possible = {"off", fast, "fp16"} if device.type == "cuda" else {"off", fast}
-    if amp == "auto":
-        amp = fast
-    elif amp in possible:
-        reason = "as asked"
-    else:
-        choices, name = ", ".join(sorted(possible)), device_name(device)
-        raise ScriptError(f"--amp {amp} is not for {name}; choose {choices}, or leave it out")
-    return {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[amp], reason
+    if amp not in possible | {"auto"}:
+        choices = ", ".join(sorted(possible))
+        raise ScriptError(f"--amp {amp} is not for {device_name(device)}; choose {choices}, or leave it out")
+    if amp != "auto":
+        fast, reason = amp, "as asked"
+    return {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[fast], reason
 
 
 def memory_format(device):
@@ -540,12 +516,8 @@ def macro_scores(confusion):
 
 def macro_scores_from_counts(hits, true_counts, predicted_counts):
     """macro_scores from (..., C) counts: correct predictions, images, and predictions of each class."""
-
-    def mean_ratio(a, b):
-        return np.divide(a, b, out=np.zeros(np.broadcast(a, b).shape), where=b > 0).mean(-1)
-
-    f1 = mean_ratio(2 * hits, true_counts + predicted_counts)
-    return mean_ratio(hits, predicted_counts), mean_ratio(hits, true_counts), f1
+    ratios = (hits, predicted_counts), (hits, true_counts), (2 * hits, true_counts + predicted_counts)
+    return tuple(np.divide(a, b, out=np.zeros(b.shape), where=b > 0).mean(-1) for a, b in ratios)
 
 
 def calibration_bins(confidence, num_bins=15):
@@ -589,14 +561,13 @@ class Progress:
         self.last = time.monotonic()
         if self.redraw:
             width = shutil.get_terminal_size().columns - 1
-            print("\r" + text[:width].ljust(width), end="", flush=True)
-        else:
+            print(f"\r{text[:width]:<{width}}\r", end="", flush=True)  # what comes next, an error too, overwrites it
+        elif text:
             print(text, flush=True)
 
     def clear(self):
         """Erase the progress line."""
-        if self.redraw:
-            print("\r" + " " * (shutil.get_terminal_size().columns - 1) + "\r", end="")
+        self.show("")
 
 
 def track(items, what, costs=None):
