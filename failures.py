@@ -153,7 +153,7 @@ def draw(path, images, rows, title, other):
     others = [row for row in rows if not row["representative"]][:SHOWN]
     first = math.ceil(len(chosen) / 6)  # rows of the representative ones, six in a row
     height = first + math.ceil(len(others) / 6)
-    figure, grid = utils.new_figure(13.2, 2.95 * height + 0.9, height, 6, squeeze=False)
+    figure, grid = utils.new_figure(13.2, 2.95 * height + 0.9, height, 6, title, squeeze=False)
     for axes in grid.flat:
         axes.axis("off")
     for axes, row in zip([*grid.flat[: len(chosen)], *grid[first:].flat], chosen + others):
@@ -164,7 +164,6 @@ def draw(path, images, rows, title, other):
         color = utils.VERMILION if row["representative"] else "black"
         axes.imshow(images[row["index"]], interpolation="nearest")
         axes.set_title("\n".join(lines), fontsize=10, color=color)
-    figure.suptitle(title, fontsize=13)
     utils.save_figure(figure, path)
 
 

@@ -257,7 +257,8 @@ def write_log(run_dir, args, history, best_epoch, curves=True):
 def draw_curves(run_dir, args, history, best_epoch):
     training = "training, augmented" + (", smoothed" if args.smoothing else "")
     training += ", dominant label" if args.mixup or args.cutmix else ""
-    figure, (left, right) = utils.new_figure(10, 4, 1, 2)
+    title = f"Training {MODELS[args.model]} on {TITLES[args.dataset]}: {run_dir.resolve().name}"  # of "." too
+    figure, (left, right) = utils.new_figure(10, 4, 1, 2, title)
     epochs, note = [row["epoch"] for row in history], f"best validation accuracy: epoch {best_epoch}"
     for axes, key, scale, label in (left, "loss", 1, "cross-entropy (nats)"), (right, "acc", 100, "accuracy (%)"):
         train_values = [scale * row[f"train_{key}"] for row in history]
@@ -268,7 +269,6 @@ def draw_curves(run_dir, args, history, best_epoch):
         axes.set(xlabel="epoch", ylabel=label)
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.legend()
-    figure.suptitle(f"Training {MODELS[args.model]} on {TITLES[args.dataset]}: {run_dir.resolve().name}")  # of "." too
     utils.save_figure(figure, run_dir / "curves.png")
 
 

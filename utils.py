@@ -600,7 +600,7 @@ def new_figure(width, height, rows=1, columns=1, title=None, **kwargs):
     figure = Figure(figsize=(width, height), layout="constrained")
     figure._repr_png_ = lambda: png(figure)  # so a notebook shows it where it ends a cell
     if title:
-        figure.suptitle(title)
+        figure.suptitle(title.replace("$", r"\$"))  # in a run's name it begins no formula
     return figure, figure.subplots(rows, columns, **kwargs)
 
 
