@@ -1096,6 +1096,8 @@ def test_metrics_extremes():
         single = run_of(logits[:1], labels[:1]).values
     assert perfect["accuracy"] == 1 == perfect["macro_f1"] and math.isnan(perfect["errors_within_superclass"])
     assert hopeless["accuracy"] == 0 == hopeless["macro_f1"] and hopeless["aurc"] == 1 == hopeless["confident_errors"]
+    surest_is_wrong = evaluate.rank_by_confidence(np.array([0.9, 0.8]), np.array([True, False]), np.ones((1, 2)))
+    assert np.allclose(surest_is_wrong, [[0.75], [0]])  # AURC, AUROC
     assert single["macro_recall"] == 0.01 and utils.rounded(perfect)["auroc_failure"] is None
 
 
@@ -1858,6 +1860,8 @@ def test_gradcam_reads_any_image():
     rng = np.random.default_rng(0)
     rgb, exif = Image.fromarray(rng.integers(0, 256, (40, 60, 3), dtype=np.uint8)), Image.Exif()
     exif[0x0112] = 6
+    upright = Image.Exif()
+    upright[0x0112] = 1
     exact = rgb.crop((14, 0, 46, 32))  # the central square of the first 32 rows
     wide = Image.fromarray(np.linspace(1000, 60_000, 32 * 32).astype(np.uint16).reshape(32, 32))
     still, read = exact.convert("P"), {}
@@ -1865,6 +1869,7 @@ def test_gradcam_reads_any_image():
         ("rgb.png", rgb, {}, "RGB 60x40;"), ("gray.png", rgb.convert("L"), {}, "L 60x40;"),
         ("palette.gif", rgb.convert("P"), {}, "P 60x40;"), ("cmyk.jpg", rgb.convert("CMYK"), {}, "CMYK 60x40;"),
         ("rotated.jpg", rgb, {"exif": exif}, "RGB 40x60, turned upright"),
+        ("upright.jpg", rgb, {"exif": upright}, "RGB 60x40;"),
         ("rotated.tif", rgb, {"exif": exif}, "RGB 40x60, turned upright"),
         ("see-through.png", still, {"transparency": still.getpixel((0, 0))}, "P 32x32;"),
         ("clear.png", Image.new("RGBA", (32, 32), (255, 0, 0, 0)), {}, "RGBA 32x32;"),
