@@ -354,7 +354,7 @@ def attention_table(rows):
 
 
 def read_image(path):
-    """Any picture file as (32, 32, 3) uint8, and in words what it was and what became of it."""
+    """Any picture file as (32, 32, 3) uint8: its central square, on white. And in words what it was."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)  # above 89 million pixels
@@ -365,18 +365,23 @@ def read_image(path):
         words += ", turned upright by its EXIF tag" if turned else ""
         words += f", first of {frames} frames" if frames > 1 else ""
         if image.mode.startswith(("I", "F")):  # 16-bit gray: convert() would clip it all to white
-            values = np.asarray(image, np.float64)
-            utils.require(np.isfinite(values).all(), "a NaN or infinite pixel")
-            words += f", values {values.min():g}..{values.max():g} scaled to 0..255"
-            values = 255 * (values - values.min()) / max(np.ptp(values), 1e-12)
-            image = Image.fromarray(values.round().astype(np.uint8))
+            image, span = stretch(image)
+            words += f", values {span} scaled to 0..255"
         image = ImageOps.fit(image.convert("RGBA"), (32, 32), Image.Resampling.BICUBIC)
         image = Image.alpha_composite(Image.new("RGBA", (32, 32), "white"), image)  # transparency hides colours
-        words += "; the network sees its central square, on white, in RGB 32x32"
         return np.array(image.convert("RGB")), words
     except Exception as error:  # Pillow's plugins raise OSError, SyntaxError, ValueError, struct.error...
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ScriptError(f"--image {path} is not a readable picture ({reason}); use PNG or JPEG") from None
+
+
+def stretch(image):
+    """A gray picture of any range as one in 0..255, and its range in words."""
+    values = np.asarray(image, np.float64)
+    utils.require(np.isfinite(values).all(), "a NaN or infinite pixel")
+    low, high = values.min(), values.max()
+    values = 255 * (values - low) / max(high - low, 1e-12)
+    return Image.fromarray(values.round().astype(np.uint8)), f"{low:g}..{high:g}"
 
 
 def probabilities(model, images):
@@ -544,6 +549,7 @@ def explain_file(subject, path):
     """--image: print and return the five likeliest classes, and draw the maps."""
     pixels, words = read_image(path)
     top = predict_image(subject.model, pixels, subject.names)
+    words += "; the network sees its central square, on white, in RGB 32x32"
     print(textwrap.fill(f"{path.name}: {words}", 79))
     for name, p in top:
         print(f"  {100 * p:5.1f} %  {name}")

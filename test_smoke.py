@@ -1879,7 +1879,7 @@ def test_gradcam_reads_any_image():
     ):  # fmt: skip
         image.save(scratch() / name, **options)
         read[name], said = gradcam.read_image(scratch() / name)
-        assert read[name].shape == (32, 32, 3) and read[name].dtype == np.uint8 and words in said, (name, said)
+        assert read[name].shape == (32, 32, 3) and read[name].dtype == np.uint8 and words in f"{said};", (name, said)
     assert (read["clear.png"] == 255).all() and (read["see-through.png"][0, 0] == 255).all()  # not the hidden colours
     assert np.array_equal(read["exact.png"], np.asarray(exact))
     values = read["wide.png"][..., 0]
