@@ -226,7 +226,7 @@ def normalize(images):
 
 @functools.cache  # one copy to each device, not one in every step
 def _mean_std(device):
-    return tuple(torch.tensor(values, device=device).view(1, 3, 1, 1) * 255 for values in (MEAN, STD))
+    return tuple(torch.tensor(values).view(1, 3, 1, 1).to(device) * 255 for values in (MEAN, STD))
 
 
 def pad(images):

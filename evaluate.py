@@ -316,16 +316,12 @@ class Arm:
         self.image_noise = own / (runs * (runs - 1)) if runs > 1 else 0.0
 
 
-@dataclass
 class Recipes:
-    """The runs of two recipes, baselines and changed, on the same test images; of one alone, if changed is empty."""
+    """The runs of two recipes on the same test images; of one alone, if changed is empty. weights: of resample()."""
 
-    baselines: list
-    changed: list
-    weights: np.ndarray  # of resample()
-
-    def __post_init__(self):
-        self.arms = [arm for arm in (self.baselines, self.changed) if arm]
+    def __init__(self, baselines, changed, weights):
+        self.baselines, self.changed, self.weights = baselines, changed, weights
+        self.arms = [arm for arm in (baselines, changed) if arm]
 
     def quantity(self, measure):
         """An Arm per recipe, of measure(run): (value, draws (RESAMPLES,))."""
@@ -368,31 +364,29 @@ def level(arm, arms, seed=0):
     return arm.mean, with_noise(arm.mean, arm.draws.mean(0), arm.image_noise, s / len(arm.values) ** 0.5, degrees, seed)
 
 
-def one_recipe(arm, arms, control, control_value, reference=0.0, **about):
-    """The Estimate of the mean of one arm, against a reference."""
-    dots = (arm.values - reference, ())
-    return Estimate(*level(arm, arms), control, control_value, reference, dots, **about)
+def one_recipe(arms, control, control_value, reference=0.0, **about):
+    """The Estimate of the first arm's mean, against a reference."""
+    dots = (arms[0].values - reference, ())
+    return Estimate(*level(arms[0], arms), control, control_value, reference, dots, **about)
 
 
-def change(arms, control=None, control_value=None, unit=100):
-    """The Estimate of the changed runs' mean minus the baselines'. Default control: the deviation between seeds."""
+def change(arms, control=(), unit=100):
+    """The Estimate of the changed runs' mean minus the baselines'. control: (text, value); default: between seeds."""
     before, after = arms
     figure, draws = after.mean - before.mean, after.draws.mean(0) - before.draws.mean(0)
     s, degrees = spread(arms)
     error = s * math.sqrt(1 / len(before.values) + 1 / len(after.values))
     noisy = with_noise(figure, draws, before.image_noise + after.image_noise, error, degrees)
     dots = tuple(arm.values - before.mean for arm in arms)
-    if control is None:
-        control, control_value = "deviation between seeds", s
-    return Estimate(figure, noisy, control, control_value, dots=dots, unit=unit)
+    return Estimate(figure, noisy, *(control or ("deviation between seeds", s)), dots=dots, unit=unit)
 
 
 def confident_errors_fall(recipes):
-    """By construction, if smoothing is new and its highest target, 1 - a + a / 100, not far above 0.90."""
+    """They fall by construction if smoothing is new and its highest target, 1 - a + a / 100, is below 0.905."""
     before, a = (arm[0].config["args"].get("smoothing") or 0 for arm in recipes.arms)
     target = 1 - a + a / NUM_CLASSES
     control = (f"highest target under smoothing {a:g}", target) if before < a and target < CONFIDENT + 0.005 else ()
-    return change(recipes.metric("confident_errors"), *control)
+    return change(recipes.metric("confident_errors"), control)
 
 
 def errors_at_equal_coverage(recipes):
@@ -468,7 +462,7 @@ def calibration_improves(recipes):
 def errors_stay_in_superclass(recipes):
     arms = recipes.metric("errors_within_superclass")
     chance = np.mean([chance_within_superclass(run.confusion) for run in recipes.baselines])
-    return one_recipe(arms[0], arms, f"chance; the figure is {arms[0].mean / chance:.1f} times that", chance, chance)
+    return one_recipe(arms, f"chance; the figure is {arms[0].mean / chance:.1f} times that", chance, chance)
 
 
 def small_animals_are_worst(recipes):
@@ -479,7 +473,7 @@ def small_animals_are_worst(recipes):
     arms = recipes.mean(lambda run: run.raw.correct * signed)
     worst = [np.argsort(np.diag(run.confusion), kind="stable")[:10] for run in recipes.baselines]  # equally many images
     control = f"of the ten worst classes; {len(SMALL_ANIMALS) / 10:g} by chance"
-    return one_recipe(arms[0], arms, control, np.isin(worst, SMALL_ANIMALS).sum(1).mean(), control_is_count=True)
+    return one_recipe(arms, control, np.isin(worst, SMALL_ANIMALS).sum(1).mean(), control_is_count=True)
 
 
 def attention_on_border(recipes):
@@ -496,11 +490,10 @@ def attention_on_border(recipes):
         pairs.append((difference.mean(), drawn))
     if not pairs:
         return Estimate(note="needs 20 confident failures that went through failures.py and gradcam.py")
-    arm = Arm(pairs)
     of_failures, of_matched = np.mean(shares, 0)
     control = f"of matched correct predictions; {100 * of_failures:.1f} of failures"
     few = "attention of one baseline alone" if len(pairs) == 1 else ""
-    return one_recipe(arm, [arm], control, of_matched, note=few)
+    return one_recipe([Arm(pairs)], control, of_matched, note=few)
 
 
 def worse_after_peak(runs, column):
@@ -523,7 +516,7 @@ def worse_after_peak(runs, column):
         return Estimate(note="needs the log.csv of two runs of the recipe")
     epochs, values = zip(*found)
     arm = Arm([(value, np.zeros(RESAMPLES)) for value in values])  # no test images, no choice of them
-    return one_recipe(arm, [arm], "epoch of the peak", np.mean(epochs), unit=unit, control_is_count=True)
+    return one_recipe([arm], "epoch of the peak", np.mean(epochs), unit=unit, control_is_count=True)
 
 
 def accurate_under(recipes, kind, strength=None):
@@ -542,10 +535,10 @@ def accurate_under(recipes, kind, strength=None):
     arms = recipes.mean(lambda run: run.stress.correct(kind, strength), weights)
     if kind == "corruption":
         clean = [np.mean([stress.accuracy("clean") for stress in arm]) for arm in (before, after)]
-        return change(arms, "change on clean images", clean[1] - clean[0])
+        return change(arms, ("change on clean images", clean[1] - clean[0]))
     made_against_them = {stress.surrogate for stress in after} <= {stress.checkpoint for stress in before}
     transferred = np.mean([stress.accuracy("transfer", strength) for stress in after]) if made_against_them else None
-    return change(arms, "accuracy on the baseline's images", transferred)
+    return change(arms, ("accuracy on the baseline's images", transferred))
 
 
 @dataclass
@@ -565,7 +558,7 @@ CLAIMS = [
     Claim("earlier failures less confident", "below", lambda s: confidence_on_failures(s, "raw")),
     Claim("the same, temperature-scaled", "below", lambda s: confidence_on_failures(s, "scaled")),
     # signed: an absolute value would have a floor and a bias
-    Claim("over-confidence falls", "below", lambda s: change(s.metric("signed_gap"), "no change", 0.0)),
+    Claim("over-confidence falls", "below", lambda s: change(s.metric("signed_gap"), ("no change", 0.0))),
     Claim("calibration improves (gap)", "below", calibration_improves),
     # scaled: beyond what one temperature can mend
     Claim("generalizes better (NLL, scaled)", "below", lambda s: change(s.mean(lambda run: run.scaled.nll), unit=1)),
@@ -584,14 +577,12 @@ REAL_CLASSES = {errors_stay_in_superclass, small_animals_are_worst}  # make no s
 
 
 def decide(ends, side):
-    """The verdict on an interval of figure - reference: on the claimed side of 0, on the other, or neither."""
+    """The verdict on an interval of figure - reference: inside the claimed range, outside of it, or neither."""
+    bottom, top = {"below": (-math.inf, 0), "above": (0, math.inf), "within": (-MARGIN, MARGIN)}[side]
     low, high = ends
-    supported, contradicted = {
-        "below": (high < 0, low > 0),
-        "above": (low > 0, high < 0),
-        "within": (-MARGIN < low and high < MARGIN, low > MARGIN or high < -MARGIN),
-    }[side]
-    return "supported" if supported else "contradicted" if contradicted else "not decided"
+    if bottom < low and high < top:
+        return "supported"
+    return "contradicted" if high < bottom or low > top else "not decided"
 
 
 def judge(recipes, synthetic=False):
@@ -608,9 +599,7 @@ def judge(recipes, synthetic=False):
             estimate.note = estimate.note or "undefined: some resample has no image that the claim is about"
         elif min(map(len, arms)) < 2:
             estimate.note = "one run of a recipe: its seed may be the reason; train it with other seeds"
-        word = "not decided"
-        if ends and not estimate.note:
-            word = decide([end - estimate.reference for end in ends], claim.side)
+        word = "not decided" if estimate.note else decide([end - estimate.reference for end in ends], claim.side)
         rows.append((claim, estimate, ends, word))
     return rows
 
@@ -725,8 +714,8 @@ def first_of_each_class(labels, count):
 def read_cifar_c(folder, name, severity, index, shape=(32, 32, 3)):
     """Test images of these indices in the authors' CIFAR-100-C: 5 severities of 10,000, one after the other."""
     path, shape = Path(folder).expanduser() / f"{name}.npy", (50_000, *shape)
-    made_by = "a download of CIFAR-100-C (zenodo.org/records/3555552)"
-    array = utils.read_npy(path, made_by, f"integers {shape}", shape, "iu")
+    made_by = "the download of CIFAR-100-C (zenodo.org/records/3555552)"
+    array = utils.read_npy(path, made_by, "a file of CIFAR-100-C", shape, "iu")
     return torch.from_numpy(array[(severity - 1) * 10_000 + index])
 
 
@@ -789,7 +778,7 @@ class StressTest:
             return
         model = utils.load_model(run.folder, self.device).requires_grad_(False)
         other = utils.load_model(surrogate, self.device).requires_grad_(False) if surrogate else None
-        if np.isnan(stress.confidence).all():  # a new test; stress.csv says what the arrays are, and they come first
+        if np.isnan(stress.confidence).all():  # the arrays come first: no old stress.csv may describe them
             (run.folder / "stress.csv").unlink(missing_ok=True)
         for k in utils.track(todo, f"{run.name}: condition", [COST.get(CONDITIONS[k][0], 1) for k in todo]):
             batches = self.batches(*CONDITIONS[k], other if CONDITIONS[k][0] == "transfer" else model)
@@ -1107,7 +1096,8 @@ def draw_stress(path, arms, title):
     right.minorticks_off()
     for axes in (left, middle, right):
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
+        if axes.lines:  # there is none where no attack was measured
+            axes.legend(fontsize=8)
     utils.save_figure(figure, path)
 
 
@@ -1217,16 +1207,19 @@ def report_claims(recipes, args):
     for claim, estimate, ends, word in rows:
         row = {"claim": claim.text, "figure": estimate.figure, "ci95": ends, "word": word}
         content["claims"].append(row | {"control": estimate.control, "control_value": estimate.control_value})
-    new = utils.write_json(folder / "verdict.json", content)
-    if new or not (folder / "verdict.png").exists():
+    verdict, stress = folder / "verdict.png", folder / "stress.png"
+    if utils.write_json(folder / "verdict.json", content) or args.refresh:
+        for picture in (verdict, stress):  # so that Ctrl-C leaves no picture of older figures
+            picture.unlink(missing_ok=True)
+    if not verdict.exists():
         common = {"model": MODELS.get(before["model"], before["model"]), "epochs": f"{before.get('epochs')} epochs"}
         about = [TITLES[dataset], *(text for key, text in common.items() if key not in keys), f"seeds {seeds}"]
-        title = f"{what}: do the claims hold? {', '.join(about)}"
-        draw_verdict(folder / "verdict.png", rows, title)
+        title = textwrap.fill(f"{what}: do the claims hold? {', '.join(about)}", 128)
+        draw_verdict(verdict, rows, title)
     print(f"wrote verdict.json and verdict.png to {folder}")
     stressed = [arm for arm in recipes.arms if all(run.stress for run in arm)]
-    if stressed and (args.stress or new or not (folder / "stress.png").exists()):
-        draw_stress(folder / "stress.png", stressed, f"{TITLES[dataset]} under stress, {stressed[0][0].stress.source}")
+    if stressed and (args.stress or not stress.exists()):
+        draw_stress(stress, stressed, f"{TITLES[dataset]} under stress, {stressed[0][0].stress.source}")
 
 
 def main(argv=None):
@@ -1258,9 +1251,8 @@ def main(argv=None):
         if run.stress.images != stressed[0].stress.images:
             warn(f"{run.folder}: its stress test is left out; it has other images than that of {stressed[0].folder}")
             run.stress = None
-    stressed = [run for run in stressed if run.stress]
     if stressed:
-        print_stress(stressed, args.markdown)
+        print_stress([run for run in stressed if run.stress], args.markdown)
 
     # claims: every other recipe against the first one
     for changed in arms[1:] or [[]]:
