@@ -393,11 +393,11 @@ def probabilities(model, images):
 def predict_image(model, image, names=CLASS_NAMES):
     """The five likeliest classes of a picture: [(class name, probability)], the likeliest first.
 
-    image: a file, or pixels (32, 32, 3) uint8. names: of the 100 classes, by label. Raises ScriptError for a
-    file that is no readable picture.
+    image: a file, or pixels (32, 32, 3) uint8, an array or a tensor. names: of the 100 classes, by label.
+    Raises ScriptError for a file that is no readable picture.
     """
-    pixels = image if isinstance(image, np.ndarray) else read_image(image)[0]
-    top = probabilities(model, torch.from_numpy(pixels)[None])[0].topk(5)
+    pixels = image if isinstance(image, (np.ndarray, torch.Tensor)) else read_image(image)[0]
+    top = probabilities(model, torch.as_tensor(pixels)[None])[0].topk(5)
     return [(names[label], p) for p, label in zip(top.values.tolist(), top.indices.tolist())]
 
 
@@ -465,8 +465,9 @@ def picture(model, images, labels=None, target="predicted", layer="layer4", name
         grid[n, column].axis("on")
         figure.colorbar(overlay, cax=grid[n, column], orientation="horizontal", label=text)
     height, width = maps.shape[2:]
-    title = f"{textwrap.fill(title, 22 * columns)}\nGrad-CAM at {layer}, {height}x{width} cells"
-    figure.suptitle(title.strip(), fontsize=11)
+    where = layer if isinstance(layer, str) else type(layer).__name__
+    title = f"{textwrap.fill(title, 22 * columns)}\nGrad-CAM at {where}, {height}x{width} cells"
+    figure.suptitle(title.strip().replace("$", r"\$"), fontsize=11)  # in a run's name it begins no formula
     return figure
 
 

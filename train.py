@@ -88,7 +88,7 @@ def parse_args(argv):
     args.dataset = args.dataset or ("cifar100" if found else "synthetic")
     mistyped = args.data_dir and not data_dir.exists()
     if args.dataset == "cifar100" and not found and (mistyped or args.quick):
-        advice = "create the folder to download it there; for a first look without it: --quick alone"
+        advice = "to download it, create the folder and omit --quick; for a first look without it: --quick alone"
         parser.error(f"no CIFAR-100 in --data-dir {data_dir}; {advice}")
     args.data_dir = str(data_dir)  # absolute: the scripts that read this run find the data from anywhere
 

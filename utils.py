@@ -50,7 +50,7 @@ class ScriptError(Exception):
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     def _get_help_string(self, action):
-        plain = action.default is None or action.default is False  # "(default: None)" tells nobody anything
+        plain = action.default in (None, []) or action.default is False  # "(default: None)" tells nobody anything
         return action.help if plain else super()._get_help_string(action)
 
 
@@ -313,7 +313,6 @@ def load_checkpoint(path):
     Nothing in the file is executed (weights_only), and its CRC sums are compared first, which torch.load does
     not do: a flipped bit in a tensor would go unnoticed.
     """
-
     check_torch()
     with reading(path, "python train.py", "a checkpoint of this project") as content:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
@@ -378,7 +377,6 @@ def load_logits(run_dir, split):
     Raises ScriptError for a wrong shape, dtype or value, and for files other than those that metrics.json was
     made from.
     """
-
     run_dir, made_by = Path(run_dir), f"python evaluate.py {quote(run_dir)}"
     known = recorded_checksums(run_dir) if (run_dir / "metrics.json").exists() else {}
 
