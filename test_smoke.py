@@ -13,7 +13,6 @@ instants, damaged files, simulated studies.
 import colorsys
 import contextlib
 import copy
-import csv
 import functools
 import http.server
 import io
@@ -61,20 +60,16 @@ from utils import ScriptError
 HERE = Path(__file__).resolve().parent
 SMALL = "--dataset synthetic --device cpu --epochs 3 --warmup-epochs 1 --lr 0.1".split()
 TINY = [*SMALL, *"--width 8 --limit 300 --batch-size 100 --val-size 100".split()]
+HOLDER = tempfile.TemporaryDirectory(prefix="smoke tést ")  # removed at the end
+SCRATCH = Path(HOLDER.name)  # for this session's files; its name has a blank and an accent
+os.environ["no_proxy"] = "127.0.0.1"  # the tests' servers are on this machine
 
+read_csv = functools.partial(utils.read_csv, made_by="a script", what="a table", columns={})  # rows of text
 replaced = unittest.mock.patch.object  # with replaced(owner, name, value): ...
 raises = unittest.TestCase().assertRaises  # with raises(error): ...
 raised = unittest.TestCase().assertRaisesRegex  # with raised(error, pattern): ...
 not_on_windows = unittest.skipIf(os.name == "nt", "not on Windows: its signals, links, locks or shell")
 Killed = SystemExit  # what no `except Exception` stops, like a kill
-
-
-@functools.cache
-def scratch():
-    """A folder for this session's files, with a blank and an umlaut in its name; removed at the end."""
-    holder = tempfile.TemporaryDirectory(prefix="smoke tést ")
-    scratch.holder = holder
-    return Path(holder.name)
 
 
 def quietly(function, *args):
@@ -85,15 +80,18 @@ def quietly(function, *args):
     return result, printed.getvalue()
 
 
-def environment(**changes):
-    """For a subprocess: as many threads as here, because another number rounds differently."""
-    return os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads()), "PYTHONPATH": str(HERE)} | changes
-
-
-def script(*args, env=None, cwd=HERE):
-    """Run a script as a user does; returns the CompletedProcess, output as text."""
+def script(*args, cwd=HERE, **variables):
+    """Run a script as a user does, on as many threads as here (another number rounds differently); CompletedProcess."""
+    env = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads()), "PYTHONPATH": str(HERE)} | variables
     command = [sys.executable, *map(str, args)]
-    return subprocess.run(command, cwd=cwd, env=env or environment(), capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
+
+
+def new_folder(name):
+    """A folder of this session, with its parents; it may be there already."""
+    folder = SCRATCH / name
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 def refused(function, argument, code, *words):
@@ -110,7 +108,7 @@ def refused(function, argument, code, *words):
 @functools.cache
 def chain():
     """Two synthetic runs, trained, evaluated, compared and explained by the scripts; (run directories, output)."""
-    runs, printed = [scratch() / "baseline", scratch() / "smoothing0.1"], []
+    runs, printed = [SCRATCH / "baseline", SCRATCH / "smoothing0.1"], []
     flags = [*SMALL, "--batch-size", "50", "--val-size", "500"]
     others = "--width 16 --limit 4000".split(), "--width 8 --limit 2000 --smoothing 0.1".split()
     for run_dir, other in zip(runs, others):
@@ -123,11 +121,7 @@ def chain():
 
 def copy_of_run(name, *without, number=0):
     """A copy of a run of the chain, the baseline, under another name, without some of its files."""
-    return shutil.copytree(chain()[0][number], scratch() / name, ignore=shutil.ignore_patterns(*without))
-
-
-def read_csv(path):
-    return list(csv.DictReader(io.StringIO(Path(path).read_text())))
+    return shutil.copytree(chain()[0][number], SCRATCH / name, ignore=shutil.ignore_patterns(*without))
 
 
 # ---- model ---------------------------------------------------------------------------------------------------------
@@ -207,8 +201,7 @@ def test_train_defaults_and_run_names():
 
 def test_train_quick_takes_what_is_there():
     """Never downloads: CIFAR-100 if it is found, else the synthetic stand-in; other flags override what it sets."""
-    here, nowhere = scratch() / "has data", scratch() / "no such folder"
-    (here / "cifar-100-python").mkdir(parents=True)
+    here, nowhere = new_folder("has data/cifar-100-python").parent, SCRATCH / "no such folder"
     for folder, flags, wanted in (
         (nowhere, "", ("synthetic", 16, 10_000, 4, 0.1)),
         (here, "", ("cifar100", 16, 10_000, 4, 0.1)),
@@ -217,9 +210,9 @@ def test_train_quick_takes_what_is_there():
     ):
         args = train.parse_args(["--quick", "--data-dir", str(folder), *flags.split()])
         assert (args.dataset, args.width, args.limit, args.epochs, args.lr) == wanted, flags
-    refused(train.main, ["--quick", "--dataset", "cifar100", "--data-dir", scratch()], 2, "--data-dir", "--quick")
+    refused(train.main, ["--quick", "--dataset", "cifar100", "--data-dir", SCRATCH], 2, "--data-dir", "--quick")
     refused(train.main, ["--data-dir", nowhere], 2, "--data-dir", "--quick", "no such folder")
-    shown = script("train.py", "--help", env=environment(COLUMNS="80")).stdout
+    shown = script("train.py", "--help", COLUMNS="80").stdout
     assert max(map(len, shown.splitlines())) <= 79, shown
     for words in ("width 16, 10,000 images, 4 epochs, lr 0.1;", "AdamW: lr 1e-3, decay 0.05"):
         assert words in " ".join(shown.split()), words
@@ -244,16 +237,14 @@ def test_train_precision():
 
 def test_train_optimizer_is_torch_s_also_after_an_overflow():
     """What a T4 does in float16: the scaler skips a first step with infinite gradients, and all is as without it."""
-    sgd = functools.partial(torch.optim.SGD, momentum=0.8, nesterov=True)
-    adamw = functools.partial(torch.optim.AdamW, betas=(0.8, 0.999))
-    for reference in (sgd, adamw):
+    for name, options in (("SGD", {"momentum": 0.8, "nesterov": True}), ("AdamW", {"betas": (0.8, 0.999)})):
         weights = []
-        for plain, factors in ((True, [1, 2, 3]), (False, [1, 2, 3]), (False, [math.inf, 1, 2, 3])):
+        for ours, factors in ((False, [1, 2, 3]), (True, [1, 2, 3]), (True, [math.inf, 1, 2, 3])):
             model = torch.nn.Linear(3, 2, bias=False)
             torch.nn.init.ones_(model.weight)
-            optimizer = train.make_optimizer(model, 0.1, 0.8, 0.05, adamw=reference is adamw)
-            if plain:
-                optimizer = reference(model.parameters(), lr=0.1, weight_decay=0.05, foreach=False)
+            optimizer = getattr(torch.optim, name)(model.parameters(), lr=0.1, weight_decay=0.05, **options)
+            if ours:
+                optimizer = train.make_optimizer(model, 0.1, 0.8, 0.05, adamw=name == "AdamW")
             scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
             for factor in factors:
                 optimizer.zero_grad()
@@ -291,17 +282,18 @@ def test_train_mixing_is_torchvision_s_in_distribution():
 
 def command(name, *flags):
     """The flags for a run of a few seconds."""
-    return [*TINY, *flags, "--output-dir", str(scratch() / name)]
+    return [*TINY, *flags, "--output-dir", str(SCRATCH / name)]
 
 
 def trained(name, *flags):
     """(its directory, what was printed) of a run of a few seconds."""
-    return scratch() / name, quietly(train.main, command(name, *flags))[1]
+    return SCRATCH / name, quietly(train.main, command(name, *flags))[1]
 
 
 @functools.cache
-def straight_run():
-    return trained("straight")[0]
+def undisturbed(*flags):
+    """The directory of such a run that nothing stops."""
+    return trained(" ".join(["undisturbed", *flags]), *flags)[0]
 
 
 def bits_of(value):
@@ -316,7 +308,7 @@ def bits_of(value):
 
 def same_run(run_dir, other=None):
     """Whether two runs have the same checkpoints and log, but for the clock and places."""
-    other = other or straight_run()
+    other = other or undisturbed()
     readers = {"last.pt": utils.load_checkpoint, "best.pt": utils.load_checkpoint, "log.csv": read_csv}
     return all(bits_of(read(run_dir / name)) == bits_of(read(other / name)) for name, read in readers.items())
 
@@ -335,13 +327,11 @@ def fails_at(name, moment, error):
     return replaced(os, "replace", fatal)
 
 
-def interrupted_run(name, epoch):
-    """A run that Ctrl-C stopped in this epoch."""
-    plans = [data.epoch_plan(42, n, 300) for n in range(1, epoch)]
-    with replaced(train, "epoch_plan", unittest.mock.Mock(side_effect=[*plans, KeyboardInterrupt])):
-        words = f"stopped in epoch {epoch}", f"last.pt holds epoch {epoch - 1}" if epoch > 1 else "nothing was saved"
-        refused(train.main, command(name), 130, *words)
-    return scratch() / name
+def interrupted_run(name, after="log.csv", words="stopped in epoch 2; last.pt holds epoch 1"):
+    """A run that Ctrl-C stopped when this file had been written."""
+    with fails_at(after, "after", KeyboardInterrupt):
+        refused(train.main, command(name), 130, words)
+    return SCRATCH / name
 
 
 def change_last(run_dir, **changes):
@@ -357,8 +347,7 @@ def test_train_resume_is_the_same_run_bit_for_bit():
         ([last_after, ("log.csv", "before"), last_before], "", "after epoch 2"),
         ([last_after, last_before], "--model cct --mixup 0.4 --cutmix 1 --smoothing 0.1", "after epoch 1"),
     )):
-        straight = trained("straight, mixed", *flags.split())[0] if flags else straight_run()
-        run_dir, again = scratch() / f"killed {n}", [f"killed {n}", *flags.split(), "--resume"]
+        run_dir, again = SCRATCH / f"killed {n}", [f"killed {n}", *flags.split(), "--resume"]
         for name, moment in kills:
             with raises(Killed), fails_at(name, moment, Killed):
                 trained(*again)
@@ -366,37 +355,39 @@ def test_train_resume_is_the_same_run_bit_for_bit():
             (run_dir / name).write_text("left behind by a kill while writing")
         done = script("train.py", *command(*again))  # as after a real kill: nothing of the old process is left
         assert done.returncode == 0 and not done.stderr and where in done.stdout, done
-        assert same_run(run_dir, straight) and ("dominant" in done.stdout) == ("mixup" in flags), n
+        assert same_run(run_dir, undisturbed(*flags.split())) and ("dominant" in done.stdout) == ("mixup" in flags), n
         assert [path.name for path in run_dir.glob(".*.partial")] == [".test_logits.npy.123.partial"]  # not train.py's
 
 
 def test_train_resumes_a_run_of_the_first_version():
     """Its args lack the newer flags; and it began on a Mac: not fused, momentum not channels_last."""
-    run_dir = interrupted_run("first version", 2)
+    run_dir = interrupted_run("first version")
     checkpoint = utils.load_checkpoint(run_dir / "last.pt")
     old = {key: value for key, value in checkpoint["args"].items() if key not in {*utils.NEWER_FLAGS, "quick"}}
     for group in checkpoint["optimizer"]["param_groups"]:
         group["fused"] = False
     for state in checkpoint["optimizer"]["state"].values():
         state["momentum_buffer"] = state["momentum_buffer"].contiguous()
-    args = old | {"warmup_epochs": 1, "data_dir": "data"}
-    change_last(run_dir, args=args, optimizer=checkpoint["optimizer"])
+    change_last(run_dir, args=old | {"warmup_epochs": 1, "data_dir": "data"}, optimizer=checkpoint["optimizer"])
     refused(train.main, command("first version", "--cutmix", "1", "--resume"), 2, "--cutmix 0.0, not 1.0")
     refused(train.main, command("first version", "--model", "cct", "--resume"), 2, "--model resnet18, not cct")
+    forgetful = shutil.copytree(run_dir, SCRATCH / "no momentum")
     trained("first version", "--resume")
     assert same_run(run_dir)
     groups = utils.load_checkpoint(run_dir / "last.pt")["optimizer"]["param_groups"]
     assert all(group["fused"] for group in groups)  # a GradScaler needs the new device's choice
+    change_last(forgetful, optimizer=checkpoint["optimizer"] | {"state": {}})
+    trained("no momentum", "--resume")
+    assert not same_run(forgetful)  # so the comparison notices such a loss
 
 
 def test_train_resume_says_what_it_does():
-    run_dir = interrupted_run("says", 2)
+    run_dir = interrupted_run("says")
     good, again = (run_dir / "last.pt").read_bytes(), command("says", "--resume")
     config = (run_dir / "config.json").read_bytes()
     for damage in ({}, {"state": {}, "param_groups": []}):
         change_last(run_dir, optimizer=damage)
         refused(train.main, again, 2, "incomplete")
-    (run_dir / "last.pt").write_bytes(good)
     change_last(run_dir, split=1)
     refused(train.main, again, 2, "NumPy splits images")
     shutil.copy(run_dir / "best.pt", run_dir / "last.pt")
@@ -485,7 +476,7 @@ def test_train_failures_are_one_line_and_save_nothing():
             refused(train.main, [*argv, "--compile"], 1, "--compile", word)
     with replaced(torch, "compile", unittest.mock.Mock(side_effect=MemoryError)), raises(MemoryError):
         quietly(train.main, [*argv, "--compile"])
-    assert not list(interrupted_run("failed", 1).glob("*.pt"))
+    assert not list(interrupted_run("failed", "config.json", "stopped in epoch 1; nothing was saved").glob("*.pt"))
     with fails_at("last.pt", "before", PermissionError(13, "Permission denied")):
         refused(train.main, argv, 1, "last.pt", "Permission denied")
 
@@ -553,20 +544,13 @@ class OtherDevice(torch.utils._python_dispatch.TorchDispatchMode):
 
 def test_train_and_explain_on_another_device():
     """What a GPU would refuse or wait for, without one: an epoch of steps, validation, maps, attention, an attack."""
-    gpu, waits, saved = torch.device("meta"), [], {}
-    run_dir = scratch() / "elsewhere"
-    run_dir.mkdir()
-
-    def plain_sgd(model, lr, *args, **kwargs):  # fused kernels do not know "meta"
-        return torch.optim.SGD(model.parameters(), lr, foreach=False)
-
+    gpu, waits, saved, run_dir = torch.device("meta"), [], {}, new_folder("elsewhere")
     for flags in ("--limit 100", "--limit 200", "--limit 100 --mixup 0.2 --cutmix 1 --model cct"):
         flags += " --batch-size 20 --epochs 1 --warmup-epochs 0 --width 4"
         args = train.parse_args([*TINY, *flags.split()])
         with (
             replaced(torch, "autocast", lambda *args, **kwargs: contextlib.nullcontext()),
             replaced(train, "save_checkpoint", lambda path, content: saved.update(content)),
-            replaced(train, "make_optimizer", plain_sgd),
             OtherDevice() as mode,
         ):
             quietly(train.train, args, gpu, (None, "test"), run_dir, {"history": [], "best_epoch": 0, "best_acc": -1.0})
@@ -574,32 +558,23 @@ def test_train_and_explain_on_another_device():
             model = make_model(args.model, width=4).to(gpu, memory_format=utils.memory_format(gpu))
             pixels, classes = torch.zeros(2, 32, 32, 3, dtype=torch.uint8), torch.tensor([1, 2])
             images, layer = data.normalize(pixels.to(gpu)), LAST_MAP[args.model]
-            assert type(utils.predict(model, [images])) is Elsewhere
             maps = gradcam.grad_cam(model, images, classes, layer)
-            assert type(maps) is type(saved["model"]["fc.weight"]) is Elsewhere
-            quietly(gradcam.attention_figures, model, pixels, classes, layer)
             attacked = evaluate.attack(model, pixels.to(gpu), classes.to(gpu), 1, 2, contextlib.nullcontext)
-            assert type(attacked) is Elsewhere
+            assert {type(found) for found in (maps, attacked, saved["model"]["fc.weight"])} == {Elsewhere}
+            quietly(gradcam.attention_figures, model, pixels, classes, layer)
     assert waits[0] == waits[1] == waits[2] <= 4, waits  # however many steps: numbers are read once an epoch
     mps = utils.memory_format(torch.device("mps"))  # where batch norm's gradient is wrong in channels_last
     with replaced(data, "memory_format", lambda device: mps):
         assert data.normalize(torch.zeros(2, 32, 32, 3, dtype=torch.uint8)).is_contiguous()
 
 
-def wait_until(condition):
-    deadline = time.monotonic() + 300
-    while not condition():
-        assert time.monotonic() < deadline, "waited for nothing"
-        time.sleep(0.05)
-
-
 @not_on_windows
 def test_train_sigterm_and_a_second_process():
     """One line, what is kept, how to go on; 143. Meanwhile nobody else may train there. Ctrl-C: interrupted_run()."""
-    run_dir, argv = scratch() / "terminated", command("terminated", "--epochs", "2000", "--patience", "0")
-    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
-    process = subprocess.Popen([sys.executable, "train.py", *argv], cwd=HERE, env=environment(), **pipes)
-    wait_until((run_dir / "log.csv").exists)
+    run_dir, argv = SCRATCH / "terminated", command("terminated", "--epochs", "2000", "--patience", "0")
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen([sys.executable, "train.py", *argv], cwd=HERE, **pipes)
+    next(line for line in process.stdout if "1/2000" in line)  # the row of the first epoch
     refused(train.main, [*argv, "--resume"], 2, "another process is training")
     process.terminate()
     _, stderr = process.communicate(timeout=60)
@@ -619,8 +594,8 @@ def test_train_bad_arguments():
     ):  # fmt: skip
         for flag, value in itertools.product(flags.split(), values.split()):
             refused(train.main, ["--limit", "150", f"{flag}={value}"], 2, flag)
-    for flags in ("--nonsense", "--smooth 0.1", "--lr", "--amp fp16 --device cpu", f"--output-dir {__file__}"):
-        refused(train.main, flags.split(" ", 3), 2, flags.split()[0])
+    for flags in ("--nonsense", "--smooth 0.1", "--lr", "--amp fp16 --device cpu", f"--output-dir '{__file__}'"):
+        refused(train.main, shlex.split(flags), 2, flags.split()[0])
 
 
 # ---- data --------------------------------------------------------------------------------------------------
@@ -633,13 +608,12 @@ def test_data_are_the_official_ones_also_read_only():
     if not (source / "train").exists():
         if not unpack.exists():
             raise unittest.SkipTest("no CIFAR-100 here")
-        subprocess.run([sys.executable, unpack, scratch() / "real"], check=True, capture_output=True)
-        source = scratch() / "real/cifar-100-python"
-    parent = scratch() / "read only"
-    parent.mkdir()
+        subprocess.run([sys.executable, unpack, SCRATCH / "real"], check=True, capture_output=True)
+        source = SCRATCH / "real/cifar-100-python"
+    parent = new_folder("read only")
     (parent / "cifar-100-python").symlink_to(source)
     parent.chmod(0o555)
-    with unittest.mock.patch.dict(os.environ, HOME=str(scratch())):
+    with unittest.mock.patch.dict(os.environ, HOME=str(SCRATCH)):
         images, labels = data.load_cifar100("~/read only", train=False)
     parent.chmod(0o755)
     assert [path.name for path in parent.iterdir()] == ["cifar-100-python"]
@@ -735,11 +709,9 @@ def plain_blur(x, sigma, cut, edge):
     """A Gaussian blur of the first two axes, a line at a time."""
     radius = int(cut * sigma + 0.5)
     kernel = [math.exp(-0.5 * (k / sigma) ** 2) for k in range(-radius, radius + 1)]
-
-    def line(values):
-        return np.convolve(np.pad(values, radius, mode=edge), kernel, "valid") / sum(kernel)
-
-    return np.apply_along_axis(line, 1, np.apply_along_axis(line, 0, x))
+    for axis in (0, 1):
+        x = np.apply_along_axis(lambda line: np.convolve(np.pad(line, radius, mode=edge), kernel, "valid"), axis, x)
+    return x / sum(kernel) ** 2
 
 
 def plain_glass(x, rng, sigma, times):
@@ -790,12 +762,11 @@ def test_corrupt_equals_the_plain_operations():
     elastic = (0, 0, 0.08), (0.05, 0.2, 0.07), (0.08, 0.06, 0.06), (0.1, 0.04, 0.05), (0.1, 0.03, 0.03)
     image = data.load_synthetic(train=False)[0][:1]
     x = image[0].numpy() / 255
-    mean = x.mean((0, 1))
     for name, plain, strengths in (
         ("gaussian_noise", lambda x, rng, sigma: x + rng.normal(0, sigma, x.shape), (0.04, 0.06, 0.08, 0.09, 0.1)),
         ("shot_noise", lambda x, rng, photons: rng.poisson(photons * x) / photons, (500, 250, 100, 75, 50)),
         ("impulse_noise", plain_impulses, (0.01, 0.02, 0.03, 0.05, 0.07)),
-        ("contrast", lambda x, rng, share: mean + share * (x - mean), (0.75, 0.5, 0.4, 0.3, 0.15)),
+        ("contrast", lambda x, rng, share: (1 - share) * x.mean((0, 1)) + share * x, (0.75, 0.5, 0.4, 0.3, 0.15)),
         ("brightness", plain_brightness, (0.05, 0.1, 0.15, 0.2, 0.3)),
         ("jpeg_compression", plain_jpeg, (80, 65, 58, 50, 40)),
         ("pixelate", plain_pixelate, (30, 28, 27, 24, 20)),
@@ -839,7 +810,7 @@ class Payload:
     """Unpickled, it makes a file: the proof that somebody's code has run."""
 
     def __reduce__(self):
-        return open, (str(scratch() / "pwned"), "w")
+        return open, (str(SCRATCH / "pwned"), "w")
 
 
 @contextlib.contextmanager
@@ -868,8 +839,7 @@ def small_archive():
     """The bytes of an archive of 20 training and 10 test images, which data.py takes for the official one."""
     files, archive = {"meta": b"names"}, io.BytesIO()
     for name, n in (("train", 20), ("test", 10)):
-        content = {"data": np.zeros((n, 3072), dtype=np.uint8), "fine_labels": list(range(n))}
-        files[name] = pickle.dumps(content)
+        files[name] = pickle.dumps({"data": np.zeros((n, 3072), dtype=np.uint8), "fine_labels": list(range(n))})
     with tarfile.open(fileobj=archive, mode="w:gz") as tar:
         for name, content in (files | {"../../pwned": b""}).items():
             member = tarfile.TarInfo(f"cifar-100-python/{name}")
@@ -886,8 +856,7 @@ def files_in(folder):
 
 
 def test_bad_data_folders():
-    folder = scratch() / "bad data"
-    (folder / "cifar-100-python").mkdir(parents=True)
+    folder = new_folder("bad data/cifar-100-python").parent
     refused(data.load_cifar100, folder, 2, "train (MD5 16019d7e3df5f24257cddd939b257f8d)", "--data-dir")
     for name in ("train", "test", "meta"):
         (folder / "cifar-100-python" / name).write_bytes(pickle.dumps(Payload()))
@@ -896,11 +865,11 @@ def test_bad_data_folders():
     (folder / "train").write_text("a stray file beside it")
     assert data.find_cifar100(folder) == (folder / "cifar-100-python").resolve()
     refused(data.load_cifar100, Path(__file__), 2, "is a file")
-    assert not (scratch() / "pwned").exists()
+    assert not (SCRATCH / "pwned").exists()
 
 
 def test_bad_downloads():
-    folder = scratch() / "download"
+    folder = SCRATCH / "download"
     load = functools.partial(data.load_cifar100, folder, True)
     ways_out = "--data-dir", f"--data-url {data.MIRROR_URL}", f"MD5 {data.ARCHIVE_MD5}", "--quick", "Internet"
     for server, word in (
@@ -919,18 +888,17 @@ def test_bad_downloads():
 
 
 def test_download_works_also_after_an_interruption():
-    folder, slow = scratch() / "fetched", io.StringIO()
+    folder, slow = SCRATCH / "fetched", io.StringIO()
     ticks = itertools.count(0, 30).__next__  # 30 s pass whenever somebody looks at the clock
     with small_archive() as content, serving(content) as (url, _), replaced(time, "monotonic", ticks):
-        when_all_is_unpacked = fails_at("cifar-100-python", "before", Killed)
-        with raises(Killed), when_all_is_unpacked, contextlib.redirect_stdout(slow):
-            with replaced(data, "ARCHIVE_SIZE", 10**12):
+        with raises(Killed), fails_at("cifar-100-python", "before", Killed), contextlib.redirect_stdout(slow):
+            with replaced(data, "ARCHIVE_SIZE", 10**12):  # killed when all is unpacked
                 data.load_cifar100(folder, True, url)
         assert files_in(folder) == [] and slow.getvalue().count(f"--data-url {data.MIRROR_URL}\n") == 1
         (images, labels), printed = quietly(data.load_cifar100, folder, False, url)
     assert images.shape == (10, 32, 32, 3) and labels.tolist() == list(range(10))
     assert files_in(folder) == ["cifar-100-python", "meta", "test", "train"]
-    assert not list(scratch().glob("**/pwned"))
+    assert not list(SCRATCH.glob("**/pwned"))
     assert url in printed and "100% of 0 MB, 0.00 MB/s, 0 s left" in printed
     assert "--data-url" not in printed  # fast enough
 
@@ -938,14 +906,15 @@ def test_download_works_also_after_an_interruption():
 @not_on_windows
 def test_download_happens_once():
     """Two at a time, while somebody else holds the lock: the second finds what the first fetched."""
-    folder, printed = scratch() / "shared", io.StringIO()
-    folder.mkdir()
+    folder, printed = new_folder("shared"), io.StringIO()
     with small_archive() as content, serving(content) as (url, asked), contextlib.redirect_stdout(printed):
         with ThreadPoolExecutor() as pool, open(folder / ".cifar-100-python.lock", "w") as file:
             assert utils.lock(file)
             found = [pool.submit(data.load_cifar100, folder, True, url) for _ in range(2)]
-            wait_until(lambda: printed.getvalue().count("waiting") == 2)
-            assert not asked.called and not any(download.done() for download in found)
+            deadline = time.monotonic() + 300
+            while printed.getvalue().count("waiting") < 2 and time.monotonic() < deadline:
+                time.sleep(0.05)
+            assert printed.getvalue().count("waiting") == 2 and not (asked.called or any(one.done() for one in found))
     assert asked.call_count == 1 and [len(download.result()[0]) for download in found] == [20, 20]
 
 
@@ -1251,9 +1220,8 @@ def test_verdict_needs_two_runs_of_each_recipe():
 
 
 def test_verdict_peaks_are_those_of_the_other_runs():
-    runs = [unittest.mock.Mock(folder=scratch() / f"curve {name}") for name in "abc"]
+    runs = [unittest.mock.Mock(folder=new_folder(f"curve {name}")) for name in "abc"]
     for run, curve in zip(runs, ([1, 5, 2, 3], [4, 1, 1, 2], [3, 1, 2, 1])):
-        run.folder.mkdir()
         rows = [{"epoch": e, "val_acc": v / 10, "val_loss": -v / 10} for e, v in enumerate(curve, 1)]
         utils.write_csv(run.folder / "log.csv", rows)
     for column in ("val_acc", "val_loss"):
@@ -1297,7 +1265,7 @@ def without_drawing(main, *argv):
 
 def within_79_columns(printed):
     """No line is longer, but for those with a path of this session."""
-    return all(len(line) <= 79 for line in printed.splitlines() if str(scratch()) not in line)
+    return all(len(line) <= 79 for line in printed.splitlines() if str(SCRATCH) not in line)
 
 
 def json_of(path):
@@ -1384,8 +1352,7 @@ def test_chain_stress():
 
 
 def test_chain_stress_with_the_authors_images():
-    run_dir, folder = copy_of_run("with CIFAR-100-C"), scratch() / "cifar-c"
-    folder.mkdir()
+    run_dir, folder = copy_of_run("with CIFAR-100-C"), new_folder("cifar-c")
     labels = np.load(run_dir / "test_labels.npy")
     flags = "--stress --stress-images 100 --device cpu --cifar-c".split()
     for name, array, *words in (
@@ -1434,8 +1401,7 @@ def test_chain_evaluate_writes_what_it_says():
 
 
 def test_chain_evaluate_passes_over_empty_folders_other_labels_and_the_same_seed_again():
-    first, empty = copy_of_run("the first", "*.pt", "*.png"), scratch() / "empty run"
-    empty.mkdir()
+    first, empty = copy_of_run("the first", "*.pt", "*.png"), new_folder("empty run")
     refused(evaluate.main, [empty], 2, "python train.py")
     twin, others = copy_of_run("its twin", "*.pt", "*.png"), copy_of_run("other labels", "*.pt", "*.png")
     utils.write_npy(others / "test_labels.npy", (np.load(others / "test_labels.npy") + 1) % 100)
@@ -1452,7 +1418,7 @@ def test_readme_tables_are_what_evaluate_prints():
     commands = re.findall(r"^python \.\./evaluate\.py (.*) --markdown$", readme, re.M)
     if not results.exists() or not commands:
         raise unittest.SkipTest("no published runs here")
-    work = shutil.copytree(results, scratch() / "results")
+    work = shutil.copytree(results, SCRATCH / "results")
     before = {path: path.read_bytes() for path in work.rglob("*") if path.is_file()}
     shown = []
     for command in commands:
@@ -1488,8 +1454,7 @@ def logits_of(preds, confidence):
 def run_from(path, logits=None, labels=None, **args):
     """An evaluated run by hand, without a best.pt; of wrong_images(), where nothing else is given."""
     true, *wrong = wrong_images()
-    run_dir = scratch() / path
-    run_dir.mkdir(parents=True, exist_ok=True)
+    run_dir = new_folder(path)
     config = {"dataset": "synthetic", "args": {"smoothing": 0.0, "seed": 42} | args, "finished": True}
     utils.write_json(run_dir / "config.json", config)
     utils.write_npy(run_dir / "test_logits.npy", logits_of(*wrong) if logits is None else logits)
@@ -1582,11 +1547,11 @@ def test_failures_in_other_runs_by_hand():
 def test_failures_nothing_to_show_is_no_error():
     run, other = run_from("sure/one"), run_from("sure/two words", seed=43)
     (run / "failures.png").write_text("of another threshold")
-    rows, printed = find(run, "--threshold", "0.995", "--compare", other, "--data-dir", scratch())
+    rows, printed = find(run, "--threshold", "0.995", "--compare", other, "--data-dir", SCRATCH)
     assert rows == [] and "nothing to show" in printed and not (run / "failures.png").exists()
     assert (run / "failures.csv").read_text() == ",".join(failures.COLUMNS) + "\n"
     command = shlex.split(printed.split("next: python failures.py ")[1])
-    assert command == [str(run), "--threshold", "0.89", "--compare", str(other), "--data-dir", str(scratch())]
+    assert command == [str(run), "--threshold", "0.89", "--compare", str(other), "--data-dir", str(SCRATCH)]
     rows, _ = find(*command)
     assert len(rows) == 10 and rows[0]["over_seeds"] == "all seeds"  # it works
     labels, preds, confidence = wrong_images()
@@ -1837,8 +1802,8 @@ def test_gradcam_reads_any_image():
         ("frames.gif", rgb, {"save_all": True, "append_images": [rgb.rotate(90)]}, "60x40, first of 2 frames;"),
         ("exact.png", rgb.crop((0, 0, 60, 32)), {}, "RGB 60x32;"),
     ):  # fmt: skip
-        image.save(scratch() / name, **options)
-        read[name], said = gradcam.read_image(scratch() / name)
+        image.save(SCRATCH / name, **options)
+        read[name], said = gradcam.read_image(SCRATCH / name)
         assert read[name].shape == (32, 32, 3) and read[name].dtype == np.uint8 and words in f"{said};", (name, said)
     assert (read["clear.png"] == 255).all() and (read["see-through.png"][0, 0] == 255).all()  # not the hidden colours
     assert np.array_equal(read["exact.png"], np.asarray(exact))
@@ -1847,8 +1812,7 @@ def test_gradcam_reads_any_image():
 
 
 def test_gradcam_bad_images():
-    files = scratch() / "images"
-    (files / "folder.png").mkdir(parents=True)
+    files = new_folder("images/folder.png").parent
     Image.effect_noise((64, 64), 90).save(files / "good.png")
     Image.new("1", (10_000, 10_000)).save(files / "bomb.png")
     Image.new("F", (9, 9), math.nan).save(files / "nan.tif")
@@ -1910,7 +1874,7 @@ def test_chain_gradcam():
 
 def test_chain_gradcam_predicts_a_picture_without_data_and_logits():
     run_dir = copy_of_run("published", "*.npy", "*.csv", "*.png", "last.pt", "metrics.json")
-    image = scratch() / "gray.png"
+    image = SCRATCH / "gray.png"
     Image.new("L", (50, 40), 99).save(image)
     with replaced(gradcam, "load_dataset", None):  # any use of it would raise
         top, printed = explain(run_dir, "--image", image)
@@ -2054,7 +2018,7 @@ def test_bad_checkpoints():
     refused(evaluate.main, [run_dir], 2, "best.pt", "asks to run")
     refused(gradcam.main, [run_dir, "--index", "1"], 2, "best.pt", "asks to run")
     refused(train.main, [*TINY, "--output-dir", run_dir, "--resume"], 2, "last.pt", "asks to run")
-    assert not (scratch() / "pwned").exists()
+    assert not (SCRATCH / "pwned").exists()
     images, outputs = torch.randn(2, 3, 32, 32), []
     half = {key: value.half() if value.is_floating_point() else value for key, value in state.items()}
     prefixed = [{prefix + key: value for key, value in state.items()} for prefix in ("module.", "_orig_mod.")]
@@ -2089,7 +2053,7 @@ def test_bad_logits():
             for module in (failures, evaluate):
                 refused(module.main, [run_dir], 2, name, word, "evaluate.py")
         (run_dir / name).write_bytes(good[name])
-    assert not (scratch() / "pwned").exists()
+    assert not (SCRATCH / "pwned").exists()
     utils.write_json(run_dir / "metrics.json", {"sha256": {name: utils.sha256(run_dir / name) for name in good}})
     for name, other in (("test_logits.npy", logits[::-1]), ("test_labels.npy", labels[::-1])):
         utils.write_npy(run_dir / name, other)  # not that of metrics.json
@@ -2116,7 +2080,7 @@ def test_bad_json_and_csv():
         (run_dir / "config.json").write_text(content)
         for module in (evaluate, failures, gradcam):
             refused(module.main, [run_dir], 2, "config.json", "train.py")
-    refused(utils.load_checkpoint, scratch(), 2, "cannot be read")  # a folder
+    refused(utils.load_checkpoint, SCRATCH, 2, "cannot be read")  # a folder
     run = unittest.mock.Mock(folder=run_dir)
     read_curve = functools.partial(evaluate.read_curve, column="val_acc")
     readers = {"log.csv": read_curve, "attention.csv": evaluate.read_attention, "stress.csv": evaluate.read_stress}
@@ -2127,8 +2091,8 @@ def test_bad_json_and_csv():
 
 def test_bad_arguments():
     """Refused with the flag named, before any file is changed; train.py and failures.py have tables of their own."""
-    run, missing = chain()[0][0], scratch() / "not made"
-    before = {path: path.stat().st_mtime_ns for path in scratch().rglob("*") if path.is_file()}
+    run, missing = chain()[0][0], SCRATCH / "not made"
+    before = {path: path.stat().st_mtime_ns for path in SCRATCH.rglob("*") if path.is_file()}
     with replaced(sys, "argv", ["ipykernel_launcher.py", "-f", "kernel.json"]):  # main() in a notebook
         assert train.parse_args(None).lr == 0.01
         for module in (evaluate, gradcam, failures):
@@ -2148,7 +2112,7 @@ def test_bad_arguments():
     ):  # fmt: skip
         for flags, word in table:
             refused(module.main, [run, *flags.split()], 2, word)
-    assert before == {path: path.stat().st_mtime_ns for path in scratch().rglob("*") if path.is_file()}
+    assert before == {path: path.stat().st_mtime_ns for path in SCRATCH.rglob("*") if path.is_file()}
 
 
 # ---- places --------------------------------------------------------------------------------------------------------
@@ -2176,8 +2140,7 @@ def test_places_errors_are_one_line_with_an_exit_status():
 @not_on_windows
 def test_places_exit_codes():
     """Of the scripts as programs; and a closed pipe, as in `| head`, is quiet."""
-    run, elsewhere = utils.quote(copy_of_run("as a program", "last.pt")), utils.quote(scratch() / "no data")
-    (scratch() / "no data").mkdir(exist_ok=True)
+    run, elsewhere = utils.quote(copy_of_run("as a program", "last.pt")), utils.quote(new_folder("no data"))
     offline = f"train.py --data-url http://127.0.0.1:9/x --data-dir {elsewhere} --output-dir {elsewhere}"
     calls = (
         ("train.py --lr -1", 2, "train.py: error: --lr -1.0"),
@@ -2185,7 +2148,7 @@ def test_places_exit_codes():
         (f"failures.py {run} --threshold 0.85", 0, ""),
         (f"failures.py {run} --threshold 0.85 | true", 0, ""),
     )
-    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": HERE, "env": environment()}
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": HERE}
     programs = [subprocess.Popen(f'"{sys.executable}" {call}', shell=True, **streams) for call, *_ in calls]
     for program, (call, code, start) in zip(programs, calls):
         stdout, stderr = program.communicate(timeout=300)
@@ -2204,20 +2167,20 @@ def test_places_old_torch_and_a_gpu_that_does_not_work():
 
 def test_places_writing():
     """A write that fails half-way leaves the old file; an equal file is left alone; six digits; no NaN."""
-    target, full = scratch() / "kept.json", unittest.mock.Mock(side_effect=OSError(28, "No space left on device"))
+    target, full = SCRATCH / "kept.json", unittest.mock.Mock(side_effect=OSError(28, "No space left on device"))
     assert utils.write_json(target, {"old": 1})
     for name in ("replace", "fsync"):
         with replaced(os, name, full):
             refused(lambda argv: utils.write_json(target, {"new": 2}), [], 1, "No space left", "kept.json")
-    assert json_of(target) == {"old": 1} and not list(scratch().glob(".*.partial"))
+    assert json_of(target) == {"old": 1} and not list(SCRATCH.glob(".*.partial"))
     os.utime(target, (1, 1))
     assert not utils.write_json(target, {"old": 1}) and target.stat().st_mtime == 1
     values = [1 / 3, np.float32(2 / 3), math.nan, -math.inf, -1e-300 * 1e-300, np.int64(7), 123456789, 1234567.8, True]
     assert utils.write_json(target, {"a": values, "b": np.array([[0.1, 2e-9]])}) and target.stat().st_mtime > 1
     expected = [0.333333, 0.666667, None, None, 0.0, 7, 123456789, 1234570.0, True]
     assert json_of(target) == {"a": expected, "b": [[0.1, 2e-9]]} and "-0.0" not in target.read_text()
-    utils.write_csv(scratch() / "some.csv", [{"x": 1 / 3, "y": None, "z": "a,b"}])
-    assert (scratch() / "some.csv").read_text() == 'x,y,z\n0.333333,,"a,b"\n'
+    utils.write_csv(SCRATCH / "some.csv", [{"x": 1 / 3, "y": None, "z": "a,b"}])
+    assert (SCRATCH / "some.csv").read_text() == 'x,y,z\n0.333333,,"a,b"\n'
     if os.name != "nt":
         outcomes = [PermissionError, PermissionError, unittest.mock.DEFAULT]  # Excel has the file open
         with replaced(os, "replace", wraps=os.rename, side_effect=outcomes) as busy, replaced(os, "name", "nt"):
@@ -2240,14 +2203,14 @@ figure, axes = utils.new_figure(3, 3)
 utils.save_figure(figure, "figure.png")
 print(os.path.getsize("figure.png") > 5000)
 """
-    backend = environment(MPLBACKEND="module://matplotlib_inline.backend_inline_not_there")  # as in `!python train.py`
-    done = script("-B", "-c", program, cwd=scratch(), env=backend)
+    backend = {"MPLBACKEND": "module://matplotlib_inline.backend_inline_not_there"}  # as in `!python train.py`
+    done = script("-B", "-c", program, cwd=SCRATCH, **backend)
     assert done.returncode == 0 and done.stdout == "True\n", done.stderr
 
 
 def test_places_publish():
     """A published run: small, without places; scored from what is in it, again without best.pt and data."""
-    run_dir, target = copy_of_run("to publish", "last.pt"), scratch() / "results/published"
+    run_dir, target = copy_of_run("to publish", "last.pt"), SCRATCH / "results/published"
     publish = runpy.run_path(str(HERE / ".ci/publish"))["main"]
     assert "MB" in without_drawing(publish, run_dir, target)[1] and os.access(HERE / ".ci/publish", os.X_OK)
     before, after = json_of(run_dir / "metrics.json"), json_of(target / "metrics.json")

@@ -151,7 +151,7 @@ def make_optimizer(model, lr, momentum, weight_decay, adamw=False):
     """SGD with Nesterov momentum, or AdamW, on all parameters, as one fused kernel where there is one."""
     parameters = list(model.parameters())
     options = {"lr": lr, "weight_decay": weight_decay}
-    options["fused"] = parameters[0].device.type != "mps"  # also spares a wait for the GradScaler's check
+    options["fused"] = parameters[0].device.type in ("cpu", "cuda")  # also spares a wait for the GradScaler's check
     if adamw:
         return torch.optim.AdamW(parameters, betas=(momentum, 0.999), **options)
     optimizer = torch.optim.SGD(parameters, momentum=momentum, nesterov=True, **options)

@@ -4,7 +4,6 @@
     python .ci/kills.py        # 20 kills, some three minutes on two cores; or another number of kills
 """
 
-import hashlib
 import random
 import subprocess
 import sys
@@ -14,32 +13,17 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(HERE))
-import torch  # noqa: E402
-
 import utils  # noqa: E402
+from test_smoke import same_run  # noqa: E402
 
 FLAGS = (
     "--dataset synthetic --device cpu --width 8 --limit 1000 --batch-size 100 --val-size 100 --epochs 8 "
     "--patience 0 --lr 0.1 --mixup 0.4 --cutmix 1 --resume --output-dir"
 ).split()
-CLOCK = ("seconds", "images_per_second", "args")
 
 
 def start(run_dir):
     return subprocess.Popen([sys.executable, HERE / "train.py", *FLAGS, run_dir], stdout=subprocess.DEVNULL)
-
-
-def bits(value):
-    """A nested structure without clock and places, each tensor as the digest of its bytes."""
-    if isinstance(value, torch.Tensor):
-        return hashlib.sha256(value.numpy().tobytes()).hexdigest()
-    if isinstance(value, dict):
-        return {key: bits(item) for key, item in value.items() if key not in CLOCK}
-    return [bits(item) for item in value] if isinstance(value, (list, tuple)) else value
-
-
-def bits_of_run(run_dir):
-    return [bits(utils.load_checkpoint(run_dir / name)) for name in ("last.pt", "best.pt")]
 
 
 def main(wanted=20):
@@ -62,7 +46,7 @@ def main(wanted=20):
                     whole *= 1.05  # so that it also ends on a machine that becomes busy
                     for checkpoint in run_dir.glob("*.pt"):
                         utils.load_checkpoint(checkpoint)  # whole, the old one or the new one
-            assert code == 0 and bits_of_run(run_dir) == bits_of_run(straight), run_dir
+            assert code == 0 and same_run(run_dir, straight), run_dir
     print(f"{kills} kills in {rounds} runs: the same bits as without")
 
 
