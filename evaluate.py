@@ -503,15 +503,15 @@ def worse_after_peak(runs, column):
     epoch is partly noise, and always looks better than its last.
     """
     sign, unit = (1, 100) if column == "val_acc" else (-1, 1)
-    curves = [sign * curve for run in runs if len(curve := read_curve(run, column))]
+    curves = {run: sign * curve for run in runs if len(curve := read_curve(run, column))}
     found = []  # (epoch of the peak, what is lost after it)
-    for k, curve in enumerate(curves if len(curves) > 1 else []):
-        others = np.mean([*zip(*curves[:k], *curves[k + 1 :])], 1)  # as long as the shortest
+    for run, curve in curves.items() if len(curves) > 1 else ():
+        others = np.mean([*zip(*(curves[other] for other in curves if other is not run))], 1)  # as long as the shortest
         peak = int(others[: math.ceil(0.75 * len(others))].argmax())
         if peak < len(curve):
             found.append((peak + 1, curve[peak] - curve[-1]))
         else:
-            warn(f"a run of {len(curve)} epochs stopped before epoch {peak + 1}, and is left out of {column}'s row")
+            warn(f"{run.folder} stopped in epoch {len(curve)}, before {peak + 1}: left out of the row on {column}")
     if len(found) < 2:
         return Estimate(note="needs the log.csv of two runs of the recipe")
     epochs, values = zip(*found)
@@ -595,7 +595,7 @@ def judge(recipes, synthetic=False):
         estimate = claim.statistic(recipes)
         ends = interval(estimate.draws)
         if ends is None:
-            estimate.figure, ends = None, None
+            estimate.figure = None
             estimate.note = estimate.note or "undefined: some resample has no image that the claim is about"
         elif min(map(len, arms)) < 2:
             estimate.note = "one run of a recipe: its seed may be the reason; train it with other seeds"
@@ -1259,6 +1259,7 @@ def main(argv=None):
         report_claims(Recipes(arms[0], changed, weights), args)
     others = [utils.quote(run.folder) for run in [arm[0] for arm in arms[1:]] + arms[0][1:]]
     compare = f" --compare {' '.join(others)}" if others else ""
+    print("metrics.json, per_class.csv and pictures are in the run directories")
     print(f"next: python failures.py {utils.quote(runs[0].folder)}{compare}{utils.data_flag(args)}")
     return {str(run.folder): run.values for run in runs}
 
