@@ -38,6 +38,7 @@ class Run:
 
     def __init__(self, folder, config):
         self.folder, self.config, self.name = folder, config, folder.resolve().name
+        self.recipe, self.seed = utils.recipe(config), config["args"].get("seed")
         logits, self.labels = utils.load_logits(folder, "test")
         self.probs = np.exp(utils.log_softmax(logits))
         self.preds, self.confidence = self.probs.argmax(1), self.probs.max(1)
@@ -47,15 +48,6 @@ class Run:
         """Indices of the images that are wrong with confidence above threshold, the most confident first."""
         wrong = np.flatnonzero(~self.correct & (self.confidence > threshold))
         return wrong[np.argsort(-self.confidence[wrong], kind="stable")]
-
-    def mistakes_among(self, count):
-        """How many of the `count` most confident predictions are wrong."""
-        return int((~self.correct[np.argsort(-self.confidence, kind="stable")[:count]]).sum())
-
-    def is_control_of(self, other):
-        """Is this the other run's recipe under another seed?"""
-        seeds = [run.config["args"].get("seed") for run in (self, other)]
-        return utils.recipe(self.config) == utils.recipe(other.config) and seeds[0] != seeds[1]
 
 
 def representative(failures, preds, labels, count):
@@ -132,14 +124,14 @@ def print_fate(run, other, controls, failures, rows, threshold):
     its_own = other.failures(threshold)
     same = len(np.intersect1d(failures, its_own))
     say(f"confident failures of its own: {len(its_own):,}, {same:,} of them the same images")
-    smoothing = other.config["args"].get("smoothing") or 0
+    smoothing = other.recipe.get("smoothing") or 0
     ceiling = 1 - smoothing + smoothing / 100  # the target of the true class, one of 100
     if smoothing and threshold > ceiling - 0.05:
         target = f"smoothing {smoothing} has no target above {ceiling:.3f}"
         say(f"({target}, so having fewer failures above {threshold} proves nothing)")
-    covered = int((run.confidence > threshold).sum())
-    mistakes = f"{run.mistakes_among(covered):,} -> {other.mistakes_among(covered):,}"
-    say(f"wrong among the {covered:,} most confident images of each run: {mistakes}")
+    covered = int((run.confidence > threshold).sum())  # of this run the failures are the wrong ones among them
+    wrong = (~other.correct[np.argsort(-other.confidence, kind="stable")[:covered]]).sum()
+    say(f"wrong among the {covered:,} most confident images of each run: {len(failures):,} -> {wrong:,}")
 
 
 def draw(path, images, rows, title, other):
@@ -187,22 +179,14 @@ def parse_args(argv):
 
 def read_runs(folders):
     """Run objects, which must be different runs on the same images; all but the first are only read."""
-    opened = [utils.open_run(folder, writable=i == 0) for i, folder in enumerate(folders)]
-    if len({folder.resolve().name for folder, _ in opened}) < len(opened):
+    runs = [Run(*utils.open_run(folder, writable=i == 0)) for i, folder in enumerate(folders)]
+    if len({run.name for run in runs}) < len(runs):
         raise ScriptError("RUN and --compare must be different runs, in folders with different names")
-    first, *others = [Run(folder, config) for folder, config in opened]
+    first, *others = runs
     for run in others:
         if not np.array_equal(run.labels, first.labels):
             raise ScriptError(f"{run.folder} was evaluated on other images than {first.folder}; use one data set")
     return first, others
-
-
-def command_that_finds_some(run, args):
-    """This command with a threshold that the ten most confident mistakes exceed."""
-    tenth = run.confidence[run.failures(0)[:10]].min()
-    compare = ["--compare", *args.compare] if args.compare else []
-    words = ["python", "failures.py", args.run, "--threshold", str(math.floor(100 * tenth - 1e-9) / 100), *compare]
-    return " ".join(map(utils.quote, words))
 
 
 def main(argv=None):
@@ -210,7 +194,7 @@ def main(argv=None):
     args = parse_args(argv)
     run, others = read_runs([args.run, *args.compare])
     dataset, data_dir = utils.dataset_of(run.folder, run.config, args)
-    controls = [other for other in others if other.is_control_of(run)]
+    controls = [other for other in others if other.recipe == run.recipe and other.seed != run.seed]
     failures = run.failures(args.threshold)
     chosen = representative(failures, run.preds, run.labels, args.top)
     rows = make_rows(run, others, controls, failures, chosen, class_names(dataset))
@@ -222,8 +206,9 @@ def main(argv=None):
         picture.unlink(missing_ok=True)  # it shows the old failures
     if not rows:
         print(f"nothing to show; wrote an empty failures.csv to {run.folder}")
-        if not run.correct.all():
-            print(f"next: {command_that_finds_some(run, args)}{utils.data_flag(args)}")
+        if not run.correct.all():  # the ten most confident mistakes exceed it; the last --threshold counts
+            threshold = math.floor(100 * run.confidence[run.failures(0)[:10]].min() - 1e-9) / 100
+            print("next: python failures.py", *(utils.quote(str(word)) for word in [*argv, "--threshold", threshold]))
         return rows
 
     print("representative: evenly spread over the ranks, one per pair of classes")
@@ -250,7 +235,8 @@ def main(argv=None):
     title = f"{run.name}: {what}, {len(rows):,} in all"
     draw(picture, images.numpy(), rows, title, others[0].name if others else None)
     print(f"wrote failures.png to {run.folder}")
-    print(f"next: python gradcam.py {utils.quote(run.folder)}{utils.data_flag(args)}")
+    if (run.folder / "best.pt").exists():  # a published run may be without it
+        print(f"next: python gradcam.py {utils.quote(run.folder)}{utils.data_flag(args)}")
     return rows
 
 

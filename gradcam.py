@@ -186,8 +186,8 @@ def sanity_in_words(sanity):
 
 def probability(model, images, classes):
     """Probability (N,) float64, on the CPU, of one class (N,) for each of the images (N, 3, H, W)."""
-    images = images.contiguous(memory_format=utils.memory_format(images.device))
-    return utils.predict(model, [images]).cpu().double().softmax(1).gather(1, classes.cpu()[:, None])[:, 0]
+    batches = images.contiguous(memory_format=utils.memory_format(images.device)).split(BATCH)
+    return utils.predict(model, batches).cpu().double().softmax(1).gather(1, classes.cpu()[:, None])[:, 0]
 
 
 def occlusion_drops(model, images, classes, intact):
@@ -223,7 +223,7 @@ def insertion_minus_deletion(model, images, classes, maps, blank, blurred):
     turn = order.argsort(1) * STEPS // 1024  # (N, 1024), the step that takes a pixel
     turn, start = turn.view(-1, 1, 32, 32).to(images.device), blur(images)
     area = (blurred - blank) / 2  # by trapezoids the ends count half; the intact image is an end of both curves
-    for step in range(1, STEPS):
+    for step in utils.track(range(1, STEPS), "attention, step"):
         area += probability(model, torch.where(turn < step, images, start), classes)
         area -= probability(model, images.masked_fill(turn < step, 0), classes)
     return area / STEPS
@@ -233,27 +233,19 @@ def attention_figures(model, images, classes, layer):
     """FIGURES for images (N, 32, 32, 3) uint8, by the maps for their classes (N,): {name: (N,) float64}.
 
     The controls of insertion_deletion: the same map with its cells shuffled, which keeps it as smooth
-    (scattered pixels would destroy any picture faster), and the map of another image, which keeps the
+    (scattered pixels would destroy any picture faster), and the map of the image before, which keeps the
     centre bias.
     """
-    device, rng = next(model.parameters()).device, torch.Generator().manual_seed(0)
     maps = make_maps(model, images, classes, layer)
-    cells = torch.rand(len(maps), maps[0].numel(), generator=rng).argsort(1)
+    cells = torch.rand(len(maps), maps[0].numel(), generator=torch.Generator().manual_seed(0)).argsort(1)
     shuffled = maps.flatten(1).gather(1, cells).view_as(maps)
-    cycle = torch.randperm(len(maps), generator=rng)
-    others = torch.empty_like(maps)
-    others[cycle] = maps[cycle.roll(1)]  # the neighbour's in a random cycle: never its own
-    found = []
-    for part in utils.track([slice(i, i + BATCH) for i in range(0, len(images), BATCH)], "attention, batch"):
-        batch, target = normalize(images[part].to(device)), classes[part]
-        intact, *ends = [probability(model, x, target) for x in (batch, torch.zeros_like(batch), blur(batch))]
-        drops = occlusion_drops(model, batch, target, intact)
-        areas = [insertion_minus_deletion(model, batch, target, kind[part], *ends) for kind in (maps, shuffled, others)]
-        found.append(torch.stack([border_energy(maps[part]).double(), *drops, *areas]))
-    figures = dict(zip(FIGURES, torch.cat(found, 1).numpy()))
-    if len(maps) == 1:
-        figures["insertion_deletion_other"] = np.array([np.nan])
-    return figures
+    images = normalize(images.to(next(model.parameters()).device))
+    intact, *ends = [probability(model, x, classes) for x in (images, torch.zeros_like(images), blur(images))]
+    drops = occlusion_drops(model, images, classes, intact)
+    kinds = maps, shuffled, maps.roll(1, 0)
+    areas = [insertion_minus_deletion(model, images, classes, kind, *ends) for kind in kinds]
+    values = border_energy(maps).double(), *drops, *areas
+    return {name: value.numpy() for name, value in zip(FIGURES, values)}
 
 
 def match_on_confidence(confidence, classes, candidates, candidate_classes):
@@ -438,8 +430,10 @@ def picture(model, images, labels=None, target="predicted", layer="layer4", name
     """
     rows, maps = explain(model, images, labels, target, layer, names)
     n, columns = len(images), 4 if any(row["target"] != row["true"] for row in rows) else 2
-    heights = {"height_ratios": [20] * n + [1]}  # the last row holds the colour bars
-    figure, grid = utils.new_figure(2.2 * columns, 2.55 * n + 1.1, n + 1, columns, gridspec_kw=heights)
+    where = layer if isinstance(layer, str) else type(layer).__name__
+    title = f"{textwrap.fill(title, 20 * columns)}\nGrad-CAM at {where}, {maps.shape[2]}x{maps.shape[3]} cells".strip()
+    heights = [20] * n + [1]  # the last row holds the colour bars
+    figure, grid = utils.new_figure(2.2 * columns, 2.55 * n + 1.1, n + 1, columns, title, height_ratios=heights)
     for axis in grid.flat:
         axis.axis("off")
 
@@ -464,10 +458,6 @@ def picture(model, images, labels=None, target="predicted", layer="layer4", name
         overlay = next(axis.images[1] for axis in grid[:n, column] if axis.images)
         grid[n, column].axis("on")
         figure.colorbar(overlay, cax=grid[n, column], orientation="horizontal", label=text)
-    height, width = maps.shape[2:]
-    where = layer if isinstance(layer, str) else type(layer).__name__
-    title = f"{textwrap.fill(title, 22 * columns)}\nGrad-CAM at {where}, {height}x{width} cells"
-    figure.suptitle(title.strip().replace("$", r"\$"), fontsize=11)  # in a run's name it begins no formula
     return figure
 
 
@@ -605,8 +595,7 @@ def report_attention(subject, failures, test_set, checkpoint):
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
         untrained = make_model(trained["model"], width=trained["width"]).to(subject.device).eval()
-    some = np.array(failures)[np.linspace(0, len(failures) - 1, min(len(failures), BATCH)).astype(int)]
-    images = test_set[0][some]
+    images = test_set[0][failures[:: math.ceil(len(failures) / BATCH)]]  # at most 100, evenly spread
     sanity = sanity_checks(model, untrained, images, probabilities(model, images).argmax(1), layer)
     print(sanity_in_words(sanity))
     print("Border is not background, and occluded images are unlike the training images.")

@@ -6,8 +6,6 @@ Never a traceback or a hang. Files with a checksum (checkpoints, arrays) must no
 in a text file a changed digit is another number.
 """
 
-import contextlib
-import io
 import sys
 import tempfile
 import time
@@ -24,6 +22,7 @@ import failures
 import gradcam
 import train
 import utils
+from test_smoke import without_drawing  # noqa: E402
 
 TINY = "--dataset synthetic --device cpu --width 8 --limit 300 --batch-size 50 --val-size 100 --epochs 2"
 
@@ -49,12 +48,11 @@ def damaged(content, rng):
 
 def attempt(module, argv):
     """What main() returns, as text, or "one line" if it refuses."""
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        try:
-            return repr(module.main(argv))
-        except utils.ScriptError as error:
-            assert "\n" not in str(error) and error.code == 2, error
-            return "one line"
+    try:
+        return repr(without_drawing(module.main, *argv)[0])
+    except utils.ScriptError as error:
+        assert "\n" not in str(error) and error.code == 2, error
+        return "one line"
 
 
 def main(folder, seed):
@@ -81,8 +79,7 @@ def main(folder, seed):
         ("picture.png", 50, [(gradcam, [run, "--image", picture])], False),
     )
     Image.fromarray(np.random.default_rng(5).integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(picture)
-    rng, save_figure, evaluate.RESAMPLES = np.random.default_rng(seed), utils.save_figure, 100
-    utils.save_figure = lambda figure, path: None  # the slow part, and not what is tested
+    rng, evaluate.RESAMPLES = np.random.default_rng(seed), 100
     for name, count, calls, has_checksum in table:
         start, outcomes, path = time.monotonic(), Counter(), folder / "run" / name
         good = {file: file.read_bytes() for file in path.parent.iterdir()}
@@ -100,7 +97,6 @@ def main(folder, seed):
                     if not file.exists() or file.read_bytes() != before:
                         file.write_bytes(before)
         print(f"{path.name}: {count} times, {dict(outcomes)}, {time.monotonic() - start:.0f} s", flush=True)
-    utils.save_figure = save_figure
 
 
 if __name__ == "__main__":

@@ -39,10 +39,8 @@ def coverage(count, seeds):
     weights, covered = evaluate.resample(LABELS), 0
     for number in range(count):
         rng = np.random.default_rng([number, len(seeds)])
-        arms = []
-        for _ in range(2):
-            runs = [run.raw.correct for run in simulated_runs(LABELS, seeds, rng, images=number)]
-            arms.append(evaluate.Arm([(hit.mean(), evaluate.weighted_mean(hit, weights)) for hit in runs]))
+        recipes = [simulated_runs(LABELS, seeds, rng, images=number) for _ in range(2)]
+        arms = evaluate.Recipes(*recipes, weights).mean(lambda run: run.raw.correct)
         low, high = evaluate.interval(evaluate.change(arms).draws)
         covered += low < 0 < high
     return covered
@@ -55,10 +53,9 @@ def main(count):
         for apart in (0.03, 0.15):
             supported = Counter()
             for rows in studies(count, seeds, apart):
-                words = {text: word for text, (_, _, word) in rows.items() if text not in TRUE | {ACCURACY}}
-                supported.update(text for text, word in words.items() if word == "supported")
-            wrong = ", ".join(f"{text} {number}" for text, number in supported.most_common())
-            print(f"  apart {apart}: supported although false, of {count}: {wrong or 'none'}", flush=True)
+                supported.update(text for text, (_, _, word) in rows.items() if word == "supported")
+            wrong = [f"{text} {number}" for text, number in supported.most_common() if text not in TRUE | {ACCURACY}]
+            print(f"  apart {apart}: supported although false, of {count}: {', '.join(wrong) or 'none'}", flush=True)
         for better in (0.05, 0.1):
             found, figures = 0, []
             for rows in studies(count, seeds, better=better):
