@@ -281,18 +281,16 @@ def mix_plan(seed, epoch, steps, mixup=0.0, cutmix=0.0):
 
 
 def mix(images, labels, lam, box):
-    """Mix each image of a batch with the one before it, as an entry of mix_plan says.
+    """Mix each image of a batch, and its one-hot label, with the one before it, as an entry of mix_plan says.
 
-    Returns (images, labels, other labels, lam): the loss is lam times that for the labels plus 1 - lam times
-    that for the others. The labels are the dominant ones, so lam is at least 0.5. images: (B, 3, 32, 32),
-    changed in place by CutMix. labels: (B,).
+    images: (B, 3, 32, 32), changed in place by CutMix. labels: (B,). Returns (images, targets (B, 100)).
     """
-    others = labels.roll(1)
+    targets = torch.eye(NUM_CLASSES, device=labels.device)[labels]
     if box is None:
         images = images.lerp(images.roll(1, 0), 1 - lam)
     else:
         images[..., box[0], box[1]] = images[..., box[0], box[1]].roll(1, 0)
-    return (images, labels, others, lam) if lam >= 0.5 else (images, others, labels, 1 - lam)
+    return images, targets.lerp(targets.roll(1, 0), 1 - lam)
 
 
 # ---- corruptions -------------------------------------------------------------------------------------------

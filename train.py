@@ -205,7 +205,7 @@ def load_last(run_dir, args):
             raise ScriptError(f"{run_dir} has a log.csv but no last.pt to continue from; {elsewhere}")
         if args.resume:
             print("nothing to resume yet, starting from the beginning")
-        return {"history": [], "best_epoch": 0, "best_acc": -1.0, "finished": False}
+        return {"history": [], "finished": False}
     checkpoint = utils.load_checkpoint(last)
     if "optimizer" not in checkpoint:
         raise ScriptError(f"{last} holds weights only, like a best.pt; put the real one back, or {elsewhere}")
@@ -244,28 +244,33 @@ def save_checkpoint(path, content):
     utils.write_file(path, buffer.getbuffer())
 
 
-def write_log(run_dir, args, history, best_epoch, curves=True):
+def best_of(history):
+    """The row of the epoch with the best validation accuracy, the first of equals."""
+    return max(history, key=lambda row: row["val_acc"])
+
+
+def write_log(run_dir, args, history, curves=True):
     """log.csv and curves.png. A failure only warns: a spreadsheet on Windows locks the file it shows."""
     try:
         utils.write_csv(run_dir / "log.csv", history)
         if curves:
-            draw_curves(run_dir, args, history, best_epoch)
+            draw_curves(run_dir, args, history)
     except ScriptError as error:
         utils.warn(str(error))
 
 
-def draw_curves(run_dir, args, history, best_epoch):
+def draw_curves(run_dir, args, history):
     training = "training, augmented" + (", smoothed" if args.smoothing else "")
     training += ", dominant label" if args.mixup or args.cutmix else ""
     title = f"Training {MODELS[args.model]} on {TITLES[args.dataset]}: {run_dir.resolve().name}"  # of "." too
     figure, (left, right) = utils.new_figure(10, 4, 1, 2, title)
-    epochs, note = [row["epoch"] for row in history], f"best validation accuracy: epoch {best_epoch}"
+    epochs, best = [row["epoch"] for row in history], best_of(history)["epoch"]
     for axes, key, scale, label in (left, "loss", 1, "cross-entropy (nats)"), (right, "acc", 100, "accuracy (%)"):
         train_values = [scale * row[f"train_{key}"] for row in history]
         val_values = [scale * row[f"val_{key}"] for row in history]
         axes.plot(epochs, train_values, "-o", color=utils.BLUE, label=training, markersize=3)
         axes.plot(epochs, val_values, "--o", color=utils.VERMILION, label="validation", markersize=3)
-        axes.axvline(best_epoch, color=utils.GRAY, linestyle=":", label=note)
+        axes.axvline(best, color=utils.GRAY, linestyle=":", label=f"best validation accuracy: epoch {best}")
         axes.set(xlabel="epoch", ylabel=label)
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.legend()
@@ -279,12 +284,12 @@ HEADER = """\
   epoch      lr   loss      %   loss      %      % epoch images/s  left"""
 
 
-def epoch_line(row, best_acc, best_epoch, epochs):
-    """One row of the log for the screen, under HEADER."""
+def epoch_line(row, best, epochs):
+    """One row of the log for the screen, under HEADER. best: the row of the best epoch so far."""
     left = duration((epochs - row["epoch"]) * row["seconds"])
     return (
         f"{row['epoch']:>3}/{epochs:<3} {row['lr']:7.5f} {row['train_loss']:6.3f} {100 * row['train_acc']:6.2f} "
-        f"{row['val_loss']:6.3f} {100 * row['val_acc']:6.2f} {100 * best_acc:6.2f} {best_epoch:5} "
+        f"{row['val_loss']:6.3f} {100 * row['val_acc']:6.2f} {100 * best['val_acc']:6.2f} {best['epoch']:5} "
         f"{row['images_per_second']:8,.0f}  {left}"
     )
 
@@ -301,8 +306,8 @@ def announce(run_dir, args, setup, sizes, reason):
     """What is trained, where and how."""
     print(f"{TITLES[args.dataset]}: {sizes['train_images']:,} training, {sizes['val_images']:,} validation images")
     print(f"{MODELS[args.model]}: {sizes['parameters']:,} parameters, at most {args.epochs} epochs")
-    machine = f"{setup['device']}, {setup['threads']} threads, torch {setup['torch']}"
-    print(f"{machine}, {setup['precision']}: {reason}")
+    print(f"{setup['device']}, torch {setup['torch']}, CPU threads: {setup['threads']}")
+    print(f"{setup['precision']}: {reason}")
     print(f"run directory: {run_dir}")
     if args.mixup or args.cutmix:
         print("images are mixed: the training accuracy is that of their dominant labels")
@@ -352,7 +357,6 @@ def train(args, device, precision, run_dir, checkpoint):
     parameters = sum(parameter.numel() for parameter in model.parameters())
     sizes = {"parameters": parameters, "train_images": len(train_images), "val_images": len(val_images)}
     announce(run_dir, args, setup, sizes, reason)
-    best_epoch, best_acc = checkpoint["best_epoch"], checkpoint["best_acc"]
     if checkpoint["history"]:
         restore(checkpoint, run_dir / "last.pt", setup, model, optimizer, scaler)
     for partial in [path for name in FILES for path in run_dir.glob(f".{name}.*.partial")]:
@@ -378,19 +382,17 @@ def train(args, device, precision, run_dir, checkpoint):
             inputs = augment(train_images, order[batch], offsets[batch], flips[batch])  # (B, 3, 32, 32)
             targets = train_labels[order[batch]]  # (B,)
             if mixing:
-                inputs, targets, others, lam = mix(inputs, targets, *mixes[i])
+                inputs, targets = mix(inputs, targets, *mixes[i])  # targets (B, 100)
             with mixed_precision:
                 logits = net(inputs)  # (B, 100)
             loss = F.cross_entropy(logits.float(), targets, label_smoothing=args.smoothing)
-            if mixing:
-                other_loss = F.cross_entropy(logits.float(), others, label_smoothing=args.smoothing)
-                loss = lam * loss + (1 - lam) * other_loss
             optimizer.zero_grad()
             scaler.scale(loss).backward()  # a disabled scaler changes nothing
             scaler.step(optimizer)
             scaler.update()
             loss_sum += loss.detach()
-            hits += (logits.argmax(1) == targets).sum()
+            true = targets.argmax(1) if mixing else targets  # of a mixed image the dominant label
+            hits += (logits.argmax(1) == true).sum()
 
             # progress
             if progress.due():
@@ -424,31 +426,28 @@ def train(args, device, precision, run_dir, checkpoint):
             "seconds": round(time.monotonic() - begin, 2),
             "images_per_second": round(steps_per_epoch * args.batch_size / (trained - begin), 1),
         }
-        better = row["val_acc"] > best_acc
-        if better:
-            best_epoch, best_acc = epoch, row["val_acc"]
-        stop_early = args.patience > 0 and epoch - best_epoch >= args.patience
+        history = [*checkpoint["history"], row]
+        best = best_of(history)
+        stop_early = args.patience > 0 and epoch - best["epoch"] >= args.patience
 
         # save: best.pt before last.pt; killed in between, the epoch is repeated
         common = {"format": 1, "args": vars(args), "epoch": epoch, "split": split, "model": model.state_dict()}
-        if better:
-            save_checkpoint(run_dir / "best.pt", common | {"val_acc": best_acc})
+        if best is row:
+            save_checkpoint(run_dir / "best.pt", common | {"val_acc": row["val_acc"]})
         content = common | {
             "optimizer": optimizer.state_dict(),
             "scaler": scaler.state_dict(),
             "setup": setup,
-            "history": [*checkpoint["history"], row],
-            "best_epoch": best_epoch,
-            "best_acc": best_acc,
+            "history": history,
             "finished": epoch == args.epochs or stop_early,
         }
         save_checkpoint(run_dir / "last.pt", content)
         checkpoint |= content  # in place: main() tells from it what is kept
-        write_log(run_dir, args, checkpoint["history"], best_epoch, curves=row["seconds"] > 5)  # drawing takes 0.3 s
+        write_log(run_dir, args, history, curves=row["seconds"] > 5)  # drawing takes 0.3 s
 
         # report
         progress.clear()
-        print(epoch_line(row, best_acc, best_epoch, args.epochs), flush=True)
+        print(epoch_line(row, best, args.epochs), flush=True)
         if epoch > args.warmup_epochs + 1 and row["train_acc"] < 0.015:
             utils.warn("training accuracy is still at chance, 1 %; try another --lr")
         if stop_early:
@@ -458,15 +457,15 @@ def train(args, device, precision, run_dir, checkpoint):
 
 def finish(run_dir, args, checkpoint):
     """Write what the end of training leaves to write; also again, if a kill came just before it."""
-    history, best_epoch, best_acc = checkpoint["history"], checkpoint["best_epoch"], checkpoint["best_acc"]
+    history, best = checkpoint["history"], best_of(checkpoint["history"])
     _, config = utils.open_run(run_dir)
     utils.write_json(run_dir / "config.json", config | {"finished": True})
-    write_log(run_dir, args, history, best_epoch)
+    write_log(run_dir, args, history)
     spent = duration(sum(row["seconds"] for row in history))
-    print(f"best validation accuracy {100 * best_acc:.2f} % in epoch {best_epoch}; trained for {spent}")
+    print(f"best validation accuracy {100 * best['val_acc']:.2f} % in epoch {best['epoch']}; trained for {spent}")
     print(f"wrote {', '.join(FILES)} to {run_dir}")
     print(f"next: python evaluate.py {utils.quote(run_dir)}")
-    return {"run_dir": str(run_dir), "best_epoch": best_epoch, "val_acc": best_acc}
+    return {"run_dir": str(run_dir), "best_epoch": best["epoch"], "val_acc": best["val_acc"]}
 
 
 def main(argv=None):

@@ -94,8 +94,10 @@ def run_script(main):
 
     signal.signal(signal.SIGTERM, terminate)  # by default SIGTERM ends Python without running any `finally`
     try:
-        main(sys.argv[1:])
-        sys.stdout.flush()
+        try:
+            main(sys.argv[1:])
+        finally:
+            sys.stdout.flush()  # before the line of an error; a closed pipe is noticed here
         return
     except ScriptError as error:
         message, code = str(error), error.code
@@ -108,10 +110,9 @@ def run_script(main):
         where, what = error.filename or "the system", error.strerror or error
         message, code = f"{where}: {what}; what was saved is intact", 1
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not re.search("alloc|out of memory", str(error)):
+        if isinstance(error, RuntimeError) and not re.search("(?i)alloc|out of memory", str(error)):
             raise
         message, code = "out of memory; use another --device (to train: a smaller --batch-size)", 1
-    sys.stdout.flush()
     print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
     sys.exit(code)
 
@@ -442,25 +443,20 @@ def select_precision(amp, device):
     Hardware without bfloat16 emulates it, several times slower than float32; torch.cuda.is_bf16_supported()
     counts that as support. float16 needs a GradScaler: gradients below 6e-8 would become zero.
     """
-    fast, reason = "off", "not tried on this device"
+    fast, reason, name = "off", "no half precision is known to be fast and safe here", device_name(device)
     if device.type == "cuda":
-        capability, name = torch.cuda.get_device_capability(device), device_name(device)
+        capability = torch.cuda.get_device_capability(device)
         if capability >= (8, 0):
             fast, reason = "bf16", "fast on this GPU"
         elif capability >= (7, 0) and not re.search(r"GTX 16|\bT(400|550|600|1000|1200|2000)\b", name):
             # those compute NaN: github.com/pytorch/pytorch/issues/77955
             fast, reason = "fp16", "this GPU has no bfloat16"
-        else:
-            reason = "float16 is slow or gives NaN on this GPU"
-    elif device.type == "cpu":
-        reason = "no fast bfloat16 found on this CPU"
-        with contextlib.suppress(OSError):  # not Linux
-            if re.search(r"\b(avx512_bf16|amx_bf16|bf16)\b", Path("/proc/cpuinfo").read_text()):
-                fast, reason = "bf16", "fast on this CPU"
+    elif device.type == "cpu" and Path("/proc/cpuinfo").exists():  # on Linux
+        if re.search(r"\b(avx512_bf16|amx_bf16|bf16)\b", Path("/proc/cpuinfo").read_text()):
+            fast, reason = "bf16", "fast on this CPU"
     possible = {"off", fast, "fp16"} if device.type == "cuda" else {"off", fast}
     if amp not in possible | {"auto"}:
-        choices = ", ".join(sorted(possible))
-        raise ScriptError(f"--amp {amp} is not for {device_name(device)}; choose {choices}, or leave it out")
+        raise ScriptError(f"--amp {amp} is not for {name}; choose {', '.join(sorted(possible))}, or leave it out")
     if amp != "auto":
         fast, reason = amp, "as asked"
     return {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[fast], reason
