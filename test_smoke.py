@@ -414,6 +414,7 @@ def test_train_stops_early_and_tells_a_cpu_user_of_quick():
     assert best["epoch"] == len(accuracies) - 2 and f"in epoch {best['epoch']};" in printed
     assert best["val_acc"] == max(accuracies) == accuracies[best["epoch"] - 1]
     assert printed.count("for a first look: python train.py --quick") == 1, printed
+    assert train.best_of([{"epoch": 1, "val_acc": 0.5}, {"epoch": 2, "val_acc": 0.5}])["epoch"] == 1  # not better
 
 
 def test_train_loop_equals_a_plain_one():
