@@ -1,6 +1,6 @@
-"""What two scripts or more share: errors, files, checkpoints, metrics, figures.
+"""What two scripts or more share: metrics, errors, files, runs, devices, figures.
 
-    from utils import load_model, macro_scores, confusion_matrix
+    from utils import load_model, macro_scores, confusion_matrix, calibration_error
     model = load_model("runs/baseline")     # the best network, in eval mode
     confusion = confusion_matrix(labels, preds, num_classes=100)
     precision, recall, f1 = macro_scores(confusion)
@@ -11,6 +11,7 @@ Importing this file has no side effect.
 import argparse
 import contextlib
 import csv
+import errno
 import hashlib
 import io
 import json
@@ -37,6 +38,70 @@ PLACES = {"data_dir", "data_url", "device", "output_dir", "resume", "quick"}  # 
 NEWER_FLAGS = {"model": "resnet18", "mixup": 0.0, "cutmix": 0.0}  # of runs from before these flags
 
 
+# ---- metrics --------------------------------------------------------------------------------------------
+
+
+def log_softmax(logits):
+    """log softmax over the last axis in float64, where exp() of a row sums to 1 within 1e-15."""
+    logits = np.asarray(logits, np.float64)
+    logits = logits - logits.max(-1, keepdims=True)
+    return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+
+
+def confusion_matrix(labels, preds, num_classes):
+    """Counts (C, C) int64, row = true class, column = predicted class, from two (N,) arrays of integers.
+
+    Raises ValueError unless both are integers in 0..C-1 and equally many.
+    """
+    labels, preds = np.asarray(labels), np.asarray(preds)
+    for classes in (labels, preds):
+        integers = classes.ndim == 1 and classes.dtype.kind in "iu"
+        require(integers and len(classes) == len(labels), "labels and preds must be (N,) integers")
+        require(((classes >= 0) & (classes < num_classes)).all(), f"a class outside 0..{num_classes - 1}")
+    counts = np.bincount(labels.astype(np.int64) * num_classes + preds, minlength=num_classes**2)
+    return counts.reshape(num_classes, num_classes)
+
+
+def macro_scores(confusion):
+    """Unweighted means over the classes of precision, recall and F1, each in [0, 1].
+
+    confusion: (C, C) counts, row = true class, column = predicted class. A precision, recall or F1 of 0/0
+    counts as 0, so the mean is always over C classes (scikit-learn: zero_division=0). Example: [[3, 1], [2,
+    4]] has precisions 3/5, 4/5, recalls 3/4, 4/6, and F1 6/9, 8/11. Raises ValueError if the matrix is not
+    square.
+    """
+    confusion = np.asarray(confusion, np.float64)
+    square = confusion.ndim == 2 and confusion.shape[0] == confusion.shape[1]
+    require(square, f"a confusion matrix is square, got shape {confusion.shape}")
+    hits, true, predicted = np.diag(confusion), confusion.sum(1), confusion.sum(0)
+    ratios = (hits, predicted), (hits, true), (2 * hits, true + predicted)
+    return tuple(float(np.divide(a, b, out=np.zeros(len(b)), where=b > 0).mean()) for a, b in ratios)
+
+
+def calibration_bins(confidence, num_bins=15):
+    """Bin index (N,) int64 of each confidence: num_bins of equal width on (0, 1], closed on the right."""
+    return np.digitize(confidence, np.linspace(0, 1, num_bins + 1)[1:-1], right=True)
+
+
+def calibration_error(confidence, correct, num_bins=15):
+    """Expected calibration error in [0, 1]: sum over bins of (n_b / N) |accuracy_b - mean confidence_b|.
+
+    confidence: (N,) largest softmax probability. correct: (N,) bool. Guo et al., arXiv:1706.04599, equation
+    3. n_b cancels: n_b (accuracy_b - mean confidence_b) is the sum of (correct - confidence) over the bin.
+    """
+    gaps = np.asarray(confidence, np.float64) - np.asarray(correct, np.float64)
+    sums = np.bincount(calibration_bins(confidence, num_bins), weights=gaps, minlength=num_bins)
+    return float(np.abs(sums).sum() / len(gaps))
+
+
+def wilson_interval(hits, n):
+    """95 % interval (low, high) of a proportion of hits in n > 0 trials, also at 0 and n. Wilson 1927."""
+    z, p = 1.959964, hits / n
+    center, half = p + z**2 / (2 * n), z * np.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
+    low, high = (center - half) / (1 + z**2 / n), (center + half) / (1 + z**2 / n)
+    return np.clip(low, 0, p), np.clip(high, p, 1)  # at 0 and n rounding must not cross the proportion
+
+
 # ---- errors and the command line ------------------------------------------------------------------------
 
 
@@ -48,10 +113,30 @@ class ScriptError(Exception):
         self.code = code
 
 
+def require(condition, reason):
+    """ValueError(reason) unless the condition holds."""
+    if not condition:
+        raise ValueError(reason)
+
+
+def plain(text):
+    """A text without control characters, which could move the cursor or colour the terminal."""
+    return "".join(character for character in str(text) if character.isprintable())
+
+
+def warn(message):
+    print(f"warning: {plain(message)}", file=sys.stderr, flush=True)
+
+
+def quote(path):
+    """A path as one writes it on a command line."""
+    return shlex.quote(plain(Path(path).as_posix()))
+
+
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     def _get_help_string(self, action):
-        plain = action.default in (None, []) or action.default is False  # "(default: None)" tells nobody anything
-        return action.help if plain else super()._get_help_string(action)
+        silent = action.default in (None, []) or action.default is False  # "(default: None)" tells nobody anything
+        return action.help if silent else super()._get_help_string(action)
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -72,14 +157,12 @@ class ArgumentParser(argparse.ArgumentParser):
         raise ScriptError(f"{message}; python {self.prog} --help lists the arguments")
 
 
-def add_common_flags(parser, dataset=None):
-    """The three flags of every script. dataset: its default; None takes it from the run."""
-    where = "" if dataset else " (default: where the run found its data, else data)"
-    what = "a made-up stand-in" + ("" if dataset else " (default: the one the run was trained on)")
-    add = parser.add_argument
-    add("--data-dir", metavar="DIR", help="folder that holds cifar-100-python, or that folder itself" + where)
-    add("--dataset", choices=["cifar100", "synthetic"], default=dataset, help=f"synthetic: {what}")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps; auto takes a GPU if there is one")
+def add_common_flags(parser, device=True):
+    where = "folder with CIFAR-100, at most two levels down (default: where the run found it, or data)"
+    parser.add_argument("--data-dir", metavar="DIR", help=where)
+    if device:
+        which = "auto, cpu, cuda, cuda:N or mps; auto takes a GPU if there is one"
+        parser.add_argument("--device", default="auto", help=which)
 
 
 def run_script(main):
@@ -89,15 +172,22 @@ def run_script(main):
     Ctrl-C. 143: SIGTERM. A bug in these scripts still shows its traceback.
     """
 
-    def terminate(signum, frame):
-        raise KeyboardInterrupt("SIGTERM")  # so that `finally` and `with` clean up as they do after Ctrl-C
+    def stop(signum, frame):
+        for other in (signal.SIGINT, signal.SIGTERM):  # a second Ctrl-C must not interrupt the clean-up
+            signal.signal(other, signal.SIG_IGN)
+        raise KeyboardInterrupt(*["SIGTERM"] * (signum == signal.SIGTERM))
 
-    signal.signal(signal.SIGTERM, terminate)  # by default SIGTERM ends Python without running any `finally`
+    signal.signal(signal.SIGINT, stop)
+    signal.signal(signal.SIGTERM, stop)  # by default SIGTERM ends Python without running any `finally`
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # a name that the terminal's encoding lacks
     try:
         try:
             main(sys.argv[1:])
         finally:
-            sys.stdout.flush()  # before the line of an error; a closed pipe is noticed here
+            if sys.stdout:  # None if it was closed
+                sys.stdout.flush()  # before the line of an error; a closed pipe is noticed here
         return
     except ScriptError as error:
         message, code = str(error), error.code
@@ -110,20 +200,13 @@ def run_script(main):
         where, what = error.filename or "the system", error.strerror or error
         message, code = f"{where}: {what}; what was saved is intact", 1
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not re.search("(?i)alloc|out of memory", str(error)):
+        # cuDNN without memory for its workspace finds no "engine" or "algorithm"
+        memory = re.search("(?i)alloc|out of memory|find an engine|valid cuDNN algorithm", str(error))
+        if isinstance(error, RuntimeError) and not memory:
             raise
         message, code = "out of memory; use another --device (to train: a smaller --batch-size)", 1
-    print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
+    print(f"{Path(sys.argv[0]).name}: error: {plain(message)}", file=sys.stderr)
     sys.exit(code)
-
-
-def quote(path):
-    """A path as one writes it on a command line."""
-    return shlex.quote(Path(path).as_posix())
-
-
-def warn(message):
-    print(f"warning: {message}", file=sys.stderr, flush=True)
 
 
 # ---- writing --------------------------------------------------------------------------------------------
@@ -132,9 +215,10 @@ def warn(message):
 def write_file(path, content):
     """Write bytes: a kill leaves the old file or the new one. Returns whether the content is new.
 
-    An equal file is left alone, so that scoring a published run again leaves a clone clean.
+    An equal file is left alone, so that scoring a published run again leaves a clone clean. Where path is a
+    link, its target is written.
     """
-    path = Path(path)
+    path = Path(os.path.realpath(path))
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         if path.is_file() and path.stat().st_size == len(content) and path.read_bytes() == content:
@@ -142,25 +226,24 @@ def write_file(path, content):
         with open(partial, "wb") as file:
             file.write(content)
             file.flush()
-            os.fsync(file.fileno())  # on the disk before the name points to it
-        replace(partial, path)
+            sync(file)
+        os.replace(partial, path)
         return True
     except OSError as error:
         advice = "free some space or use another folder; the old file is intact"
         raise ScriptError(f"cannot write {path} ({error.strerror or error}); {advice}", code=1) from None
     finally:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
 
 
-def replace(source, target):
-    """os.replace, retried for two seconds on Windows, where it fails on a file that Excel has open."""
-    for attempt in range(20):
-        try:
-            return os.replace(source, target)
-        except PermissionError:
-            if os.name != "nt" or attempt == 19:
-                raise
-            time.sleep(0.1)
+def sync(file):
+    """Wait until a file is on the disk, before its name points to it; some network drives cannot (EINVAL)."""
+    try:
+        os.fsync(file.fileno())
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS):
+            raise
 
 
 def rounded(value):
@@ -234,16 +317,18 @@ def reading(path, made_by, what):
         raise ScriptError(f"{path} is not {what} ({reason}); run {made_by} again") from None
 
 
-def require(condition, reason):
-    """ValueError(reason) unless the condition holds."""
-    if not condition:
-        raise ValueError(reason)
+def read_json(path, made_by, what):
+    """The dict in a JSON file."""
+    with reading(path, made_by, what) as content:
+        found = json.loads(content)
+        require(isinstance(found, dict), "no JSON object")
+        return found
 
 
 def read_csv(path, made_by, what, columns):
     """The rows of a CSV file as dicts. columns: {name: type} that must be there; the others are text."""
     with reading(path, made_by, what) as content:
-        reader = csv.DictReader(io.StringIO(content.decode()))
+        reader = csv.DictReader(io.StringIO(content.decode("utf-8-sig")))  # spreadsheets begin it with a BOM
         missing = columns.keys() - set(reader.fieldnames or ())
         require(not missing, f"it lacks {', '.join(sorted(missing))}")
         rows = list(reader)
@@ -268,18 +353,57 @@ def read_npy(path, made_by, what, shape, kinds, wrong=lambda array: [], digest=N
         return array
 
 
+# ---- runs -----------------------------------------------------------------------------------------------
+
+
+def last_run():
+    """The run in runs/ that was trained last; its name is the first line printed."""
+    found = sorted(Path("runs").glob("*/best.pt"), key=lambda path: path.stat().st_mtime)
+    if not found:
+        raise ScriptError("no RUN given, and no trained run in runs/; run python train.py first")
+    run_dir = found[-1].parent
+    print(f"{quote(run_dir)}, which was trained last")
+    return run_dir
+
+
 def open_run(text, writable=True):
-    """(path, config.json as a dict) of a run directory, from what the user typed. writable: must it be?"""
-    run_dir = Path(text).expanduser()
+    """(path, config.json as a dict) of a run directory, from what the user typed; None: last_run().
+
+    writable: must it be?
+    """
+    try:
+        run_dir = Path(text).expanduser() if text is not None else last_run()
+    except RuntimeError:
+        raise ScriptError(f"{text}: no such user") from None
     if run_dir.is_file():
         raise ScriptError(f"{run_dir} is a file; name the run directory, such as {run_dir.parent}")
-    with reading(run_dir / "config.json", "python train.py", "the config.json of a run") as content:
-        config = json.loads(content)
-        require(isinstance(config, dict) and isinstance(config.get("args"), dict), "no arguments of train.py")
+    inside = [] if (run_dir / "config.json").exists() else sorted(run_dir.glob("*/config.json"))
+    if inside:
+        runs = " ".join(quote(path.parent) for path in inside)
+        raise ScriptError(f"{run_dir} is no run, but holds some; name those you mean: {runs}")
+    path, what = run_dir / "config.json", "the config.json of a run"
+    config = read_json(path, "python train.py", what)
+    with reading(path, "python train.py", what):
+        args = config.get("args")
+        require(isinstance(args, dict), "no arguments of train.py")
         require(config.get("dataset") in ("cifar100", "synthetic"), "no known data set")
+        for flag, kinds in {"seed": int, "epochs": int, "width": int, "model": str, "smoothing": (int, float)}.items():
+            require(flag not in args or isinstance(args[flag], kinds), f"{flag} is {args.get(flag)!r}")
     if writable and not os.access(run_dir, os.W_OK):
         raise ScriptError(f"{run_dir} cannot be written to; copy it to a folder of yours")
     return run_dir, config
+
+
+def short_names(folders):
+    """A name for each run directory: its last part, or as many parts as tell equal ones apart."""
+    parts = [Path(folder).resolve().parts for folder in folders]
+    names = []
+    for own in parts:
+        depth = 1
+        while sum(other[-depth:] == own[-depth:] for other in set(parts)) > 1:
+            depth += 1
+        names.append(plain("/".join(own[-depth:])))
+    return names
 
 
 def recipe(config):
@@ -288,13 +412,16 @@ def recipe(config):
     return {flag: value for flag, value in args.items() if flag not in PLACES | {"seed"}}
 
 
-def dataset_of(run_dir, config, args):
-    """(dataset, data_dir) of a run. The user's --dataset may only repeat the run's; --data-dir wins."""
-    if args.dataset not in (None, config["dataset"]):
-        raise ScriptError(f"{run_dir} was trained on {config['dataset']}, not on --dataset {args.dataset}")
+def dataset_of(config, args):
+    """(dataset, data_dir) of a run: the user's --data-dir, else the folder that the run remembers, else data."""
+    if args.data_dir:
+        return config["dataset"], args.data_dir
     remembered = str(config["args"].get("data_dir") or "data")
-    found = Path(remembered).expanduser().exists()
-    return config["dataset"], args.data_dir or (remembered if found else "data")
+    try:
+        reached = Path(remembered).expanduser().exists()
+    except (OSError, RuntimeError, ValueError):  # not ours to look into; no such user; a NUL byte
+        reached = False
+    return config["dataset"], remembered if reached else "data"
 
 
 def data_flag(args):
@@ -309,14 +436,16 @@ def check_torch():
 
 
 def load_checkpoint(path):
-    """The dict that train.py saved: tensors and plain Python only, on the CPU.
+    """The dict that train.py saved, tensors on the CPU, with the SHA-256 of these bytes under "sha256".
 
-    Nothing in the file is executed (weights_only), and its CRC sums are compared first, which torch.load does
-    not do: a flipped bit in a tensor would go unnoticed.
+    Nothing in the file is executed (weights_only). Its CRC sums are compared first, which torch.load does not
+    do: a flipped bit in a tensor would go unnoticed.
     """
     check_torch()
     with reading(path, "python train.py", "a checkpoint of this project") as content:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            stored = all(member.compress_type == zipfile.ZIP_STORED for member in archive.infolist())
+            require(stored, "compressed, which torch does not do")  # 4 MB could unpack to 8 GB
             damaged = archive.testzip()
         require(not damaged, f"wrong CRC in {damaged}")
         try:
@@ -331,31 +460,50 @@ def load_checkpoint(path):
         sizes = {"width": range(1, 1025), "seed": range(2**32), "val_size": range(50_000)}
         for key, allowed in sizes.items():
             require(type(args[key]) is int and args[key] in allowed, f"bad {key}")
-        weights = checkpoint["model"].items()
-        tensors = all(isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in weights)
-        require(tensors, "weights are no tensors")
-        return checkpoint
+        weights = checkpoint["model"]
+        require(all(isinstance(name, str) and is_array(tensor) for name, tensor in weights.items()), "no weights")
+        size = sum(tensor.numel() * tensor.element_size() for tensor in weights.values())
+        require(size <= len(content), "tensors larger than the file")  # views that repeat a few numbers
+        return checkpoint | {"sha256": hashlib.sha256(content).hexdigest()}
 
 
-def load_weights(model, state, path):
-    """Copy a checkpoint's weights into model; DataParallel and torch.compile prefix their names."""
+def is_array(value):
+    """Is it a plain tensor of real numbers in memory? A file can hold sparse, complex and meta tensors, too."""
+    plain_tensor = isinstance(value, torch.Tensor) and value.layout is torch.strided and value.device.type == "cpu"
+    return plain_tensor and not value.is_complex() and not value.is_quantized
+
+
+def load_weights(model, state, path, assign=False):
+    """Put a checkpoint's weights into model; DataParallel and torch.compile prefix their names.
+
+    assign: take the tensors themselves, into a model that has no memory yet.
+    """
     state = {re.sub(r"^(module\.|_orig_mod\.)+", "", name): tensor for name, tensor in state.items()}
-    if not all(tensor.isfinite().all() for tensor in state.values()):
-        raise ScriptError(f"{path} holds NaN or infinite weights; train again with a lower --lr")
     try:
-        model.load_state_dict(state)
+        model.load_state_dict(state, assign=assign)  # compares names and shapes
     except RuntimeError as error:  # names every tensor that is missing, unexpected or of another shape
         some = textwrap.shorten(str(error), 160, placeholder=" ...")
         raise ScriptError(f"{path} belongs to another network ({some}); use a run of train.py") from None
+    if not all(tensor.isfinite().all() for tensor in model.state_dict().values()):
+        raise ScriptError(f"{path} holds NaN or infinite weights; train again with a lower --lr")
 
 
 def load_best(run, device):
     """(network, checkpoint) of a run's best.pt: the network with its weights, on the device, in eval mode."""
-    path = Path(run).expanduser() / "best.pt"
+    path, config = Path(run).expanduser() / "best.pt", Path(run).expanduser() / "config.json"
     checkpoint = load_checkpoint(path)
-    model = make_model(checkpoint["args"]["model"], width=checkpoint["args"]["width"])
-    load_weights(model, checkpoint["model"], path)
-    return model.to(device, memory_format=memory_format(device)).eval(), checkpoint
+    args = checkpoint["args"]
+    if config.exists():
+        known = NEWER_FLAGS | open_run(run, writable=False)[1]["args"]
+        other = [flag for flag in args.keys() - PLACES if args[flag] != known.get(flag)]
+        if other:
+            was = f"--{other[0].replace('_', '-')} {args[other[0]]}, config.json says {known.get(other[0])}"
+            raise ScriptError(f"{path} belongs to another run ({was}); put its own best.pt back")
+    with torch.device("meta"):  # shapes without memory: a file cannot make it larger than itself
+        model = make_model(args["model"], width=args["width"])
+    load_weights(model, checkpoint["model"], path, assign=True)
+    model = model.float().to(device, memory_format=memory_format(device))
+    return model.eval(), checkpoint
 
 
 def load_model(run, device="cpu"):
@@ -366,10 +514,10 @@ def load_model(run, device="cpu"):
 def recorded_checksums(run_dir):
     """{file: SHA-256} in metrics.json: of best.pt and of the arrays that it was made from."""
     path, made_by = Path(run_dir) / "metrics.json", f"python evaluate.py {quote(run_dir)}"
-    with reading(path, made_by, "the scores of a run") as content:
-        found = json.loads(content)
-        require(isinstance(found, dict) and isinstance(found.get("sha256"), dict), "no checksums")
-        return found["sha256"]
+    found = read_json(path, made_by, "the scores of a run").get("sha256")
+    with reading(path, made_by, "the scores of a run"):
+        require(isinstance(found, dict), "no checksums")
+    return found
 
 
 def load_logits(run_dir, split):
@@ -448,7 +596,7 @@ def select_precision(amp, device):
         capability = torch.cuda.get_device_capability(device)
         if capability >= (8, 0):
             fast, reason = "bf16", "fast on this GPU"
-        elif capability >= (7, 0) and not re.search(r"GTX 16|\bT(400|550|600|1000|1200|2000)\b", name):
+        elif capability >= (7, 0) and not re.search(r"GTX 16|MX[45]50\b|\bT(400|500|550|600|1000|1200|2000)\b", name):
             # those compute NaN: github.com/pytorch/pytorch/issues/77955
             fast, reason = "fp16", "this GPU has no bfloat16"
     elif device.type == "cpu" and Path("/proc/cpuinfo").exists():  # on Linux
@@ -477,66 +625,6 @@ def predict(model, batches):
     return torch.cat([model(images).float() for images in batches])
 
 
-# ---- metrics --------------------------------------------------------------------------------------------
-
-
-def log_softmax(logits):
-    """log softmax over the last axis in float64, where exp() of a row sums to 1 within 1e-15."""
-    logits = np.asarray(logits, np.float64)
-    logits = logits - logits.max(-1, keepdims=True)
-    return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
-
-
-def confusion_matrix(labels, preds, num_classes):
-    """Counts (C, C) int64, row = true class, column = predicted class, from two (N,) integer arrays."""
-    labels, preds = np.asarray(labels, np.int64), np.asarray(preds, np.int64)
-    counts = np.bincount(labels * num_classes + preds, minlength=num_classes**2)
-    return counts.reshape(num_classes, num_classes)
-
-
-def macro_scores(confusion):
-    """Unweighted means over the classes of precision, recall and F1, each in [0, 1].
-
-    confusion: (C, C) counts, row = true class, column = predicted class. A precision, recall or F1 of 0/0
-    counts as 0, so the mean is always over C classes (scikit-learn: zero_division=0). Example: [[3, 1], [2,
-    4]] has precisions 3/5, 4/5, recalls 3/4, 4/6, and F1 6/9, 8/11. Raises ValueError if the matrix is not
-    square.
-    """
-    confusion = np.asarray(confusion, np.float64)
-    square = confusion.ndim == 2 and confusion.shape[0] == confusion.shape[1]
-    require(square, f"a confusion matrix is square, got shape {confusion.shape}")
-    return macro_scores_from_counts(np.diag(confusion), confusion.sum(1), confusion.sum(0))
-
-
-def macro_scores_from_counts(hits, true_counts, predicted_counts):
-    """macro_scores from (..., C) counts: correct predictions, images, and predictions of each class."""
-    ratios = (hits, predicted_counts), (hits, true_counts), (2 * hits, true_counts + predicted_counts)
-    return tuple(np.divide(a, b, out=np.zeros(b.shape), where=b > 0).mean(-1) for a, b in ratios)
-
-
-def calibration_bins(confidence, num_bins=15):
-    """Bin index (N,) int64 of each confidence: num_bins of equal width on (0, 1], closed on the right."""
-    return np.digitize(confidence, np.linspace(0, 1, num_bins + 1)[1:-1], right=True)
-
-
-def calibration_error(confidence, correct, num_bins=15):
-    """Expected calibration error in [0, 1]: sum over bins of (n_b / N) |accuracy_b - mean confidence_b|.
-
-    confidence: (N,) largest softmax probability. correct: (N,) bool. Guo et al., arXiv:1706.04599, equation
-    3. n_b cancels: n_b (accuracy_b - mean confidence_b) is the sum of (correct - confidence) over the bin.
-    """
-    gaps = np.asarray(confidence, np.float64) - np.asarray(correct, np.float64)
-    sums = np.bincount(calibration_bins(confidence, num_bins), weights=gaps, minlength=num_bins)
-    return float(np.abs(sums).sum() / len(gaps))
-
-
-def wilson_interval(hits, n):
-    """95 % interval (low, high) of a proportion of hits in n > 0 trials, also at 0 and n. Wilson 1927."""
-    z, p = 1.959964, hits / n
-    center, half = p + z**2 / (2 * n), z * np.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
-    return np.maximum(center - half, 0) / (1 + z**2 / n), np.minimum((center + half) / (1 + z**2 / n), 1)
-
-
 # ---- progress and figures -------------------------------------------------------------------------------
 
 
@@ -544,7 +632,11 @@ class Progress:
     """A progress line: redrawn twice a second on a terminal, printed every 30 s in a file or pipe."""
 
     def __init__(self):
-        self.redraw = sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
+        try:
+            terminal = sys.stdout.isatty()
+        except (AttributeError, ValueError):  # a stand-in without isatty; closed
+            terminal = False
+        self.redraw = terminal and os.environ.get("TERM") != "dumb"
         self.interval = 0.5 if self.redraw else 30.0  # seconds
         self.last = time.monotonic()
 
@@ -564,12 +656,12 @@ class Progress:
         self.show("")
 
 
-def track(items, what, costs=None):
-    """Yield the items of a sequence, showing how many are done and the time left. costs: of each, if they differ."""
-    costs, progress, start = costs or [1] * len(items), Progress(), time.monotonic()
+def track(items, what):
+    """Yield the items of a sequence, showing how many are done and the time left."""
+    progress, start = Progress(), time.monotonic()
     for done, item in enumerate(items):
         if done and progress.due():
-            left = (time.monotonic() - start) / sum(costs[:done]) * sum(costs[done:])
+            left = (time.monotonic() - start) / done * (len(items) - done)
             progress.show(f"{what} {done}/{len(items)}, {duration(left)} left")
         yield item
     progress.clear()
@@ -604,5 +696,10 @@ def png(figure):
     return buffer.getvalue()
 
 
-def save_figure(figure, path):
-    return write_file(path, png(figure))
+def save_figure(path, draw, *args):
+    """Write draw(*args), a Figure, as a PNG. A picture never stops a script: any failure is one warning."""
+    try:
+        write_file(path, png(draw(*args)))
+    except Exception as error:  # a broken matplotlibrc, LaTeX that is missing, a full disk
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        warn(f"no {Path(path).name}: {reason}")
