@@ -184,7 +184,7 @@ def compute_logits(run_dir, dataset, data_dir, device):
         reason = "this version of NumPy splits training and validation images differently"
         raise ScriptError(f"{run_dir}: {reason}; evaluate with the version in config.json")
     splits = {"val": (images[val_index], labels[val_index]), "test": load_dataset(dataset, data_dir, train=False)}
-    print(f"{run_dir}: logits of best.pt, epoch {checkpoint['epoch']}, on {utils.device_name(device)}", flush=True)
+    print(f"{utils.plain(run_dir)}: logits of best.pt, epoch {checkpoint['epoch']}, on {utils.device_name(device)}", flush=True)
     for split, (images, labels) in splits.items():
         batches = utils.track(images.split(500), f"{split} batch")
         logits = utils.predict(model, (normalize(batch.to(device)) for batch in batches))
@@ -1010,10 +1010,11 @@ def read_failures(study):
     columns = {"index": int, "representative": int, "checkpoint": str}
     try:
         rows = utils.read_csv(run.folder / "failures.csv", "python failures.py", "a list of failures", columns)
-        fitting = all(row["checkpoint"] == utils.checkpoint_id(run.folder) for row in rows)
+        known = utils.checkpoint_id(run.folder)
     except ScriptError:
         return []
-    return rows if fitting and all(row["index"] in range(len(run.labels)) for row in rows) else []
+    fitting = all(row["checkpoint"] == known and row["index"] in range(len(run.labels)) for row in rows)
+    return rows if fitting else []
 
 
 def failures_text(study):
