@@ -32,7 +32,7 @@ import torch
 
 import utils
 from data import CORRUPTIONS, DOUBTFUL, DUPLICATES, NUM_CLASSES, SMALL_ANIMALS, SUPERCLASS_OF, SUPERCLASSES, TITLES
-from data import attack, class_names, corrupt, load_dataset, normalize, split_id, split_train_val, votes
+from data import attack, class_names, corrupt, is_test_set, load_dataset, normalize, split_id, split_train_val, votes
 from model import MODELS
 from utils import ScriptError, calibration_bins, confusion_matrix, log_softmax, warn
 
@@ -322,7 +322,8 @@ class Run:
         scaled = self.scaled.metrics()
         moved = ("confident_errors", "mean_confidence", "signed_gap", "nll", "brier", "ece", "auroc_failure")
         self.values |= {f"{name}_scaled": scaled[name] for name in moved} | {"temperature": temperature}
-        if config["dataset"] == "cifar100":
+        self.official = is_test_set(labels)  # then it is known which images are doubtful, and which have duplicates
+        if self.official:
             self.values["accuracy_without_duplicates"] = float(self.raw.correct[~DUPLICATES].mean())
 
 
@@ -434,6 +435,8 @@ def border_reliance(runs):
 
 def doubtful_failures(run):
     """(N,): the share of doubtful labels among confident failures minus that among confident hits."""
+    if not run.official:
+        raise Undecided("needs the official test images, in their order")
     return mean_among(DOUBTFUL, run.raw.failures) - mean_among(DOUBTFUL, run.raw.sure_hits)
 
 
@@ -1020,7 +1023,7 @@ def read_failures(study):
 def failures_text(study):
     """What the runs make of the mistakes in failures.csv of the first run."""
     first, others, names = study.first, study.runs[1:], class_names(study.dataset)
-    rows, real = read_failures(study), study.dataset == "cifar100"
+    rows = read_failures(study)
     if not rows:
         return f"*Missing: a list of mistakes of {first.name}. To make it:* `{study.commands()['failures', first]}`"
     index, table = [row["index"] for row in rows], []
@@ -1033,7 +1036,7 @@ def failures_text(study):
     fates = markdown(["run", "", "repaired", "same wrong class", "another wrong class", "mean confidence (%)"], table)
     table = []
     for i in [row["index"] for row in rows if row["representative"]]:
-        people = votes(i) if real else None
+        people = votes(i) if first.official else None
         preds = [f"{names[run.raw.pred[i]]} {100 * run.raw.confidence[i]:.0f} %" for run in study.runs]
         table.append([i, names[first.labels[i]], "-" if people is None else f"{people} of 5", *preds])
     header = ["test image", "label", "people who uphold it", *(run.name for run in study.runs)]
@@ -1055,7 +1058,7 @@ def counts_table(study):
     rows = []
     for run in study.runs:
         failures = run.raw.failures
-        doubtful = (failures & DOUBTFUL).sum() if study.dataset == "cifar100" else "-"
+        doubtful = (failures & DOUBTFUL).sum() if run.official else "-"
         rows.append([run.name, failures.sum(), cell(failures.mean()), doubtful])
     return markdown(["run", "confident failures", "of all images (%)", "with a doubtful label"], rows)
 

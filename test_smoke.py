@@ -1178,7 +1178,8 @@ def test_verdict_decides_by_the_interval():
 
 def test_verdict_figures_by_hand():
     labels, rng = np.arange(10_000) % 100, np.random.default_rng(0)
-    base, other = simulated_runs(labels, (1, 2), rng, sharper=1.5), simulated_runs(labels, (1, 3), rng, sharper=1.0)
+    with replaced(evaluate, "is_test_set", lambda labels: True):
+        base, other = simulated_runs(labels, (1, 2), rng, sharper=1.5), simulated_runs(labels, (1, 3), rng, sharper=1.0)
     for k, run in enumerate(base + other):
         correct = rng.random((65, 1000)) < 0.5
         run.stress = evaluate.Stress(correct, correct.astype(np.float32))
@@ -1229,6 +1230,7 @@ def test_verdict_what_has_no_figure_says_why():
         ((sharp, mild), ("less accuracy lost to corruption", "changed"), "needs --stress"),
         ((sharp, []), ("validation loss rises again", "baseline"), "needs the log.csv"),
         ((sharp, []), ("failures rely more on the border", "baseline"), "failures.py and gradcam.py"),
+        ((sharp, []), ("confident failures are doubtful images", "baseline"), "official test images"),
     ):
         row = quietly(verdict_of, base, changed)[0][key]
         assert note in row["note"] and row["ci95"] is None and row["word"] == "not decided", (key, row)
