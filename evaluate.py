@@ -326,6 +326,9 @@ class Run:
         if self.official:
             self.values["accuracy_without_duplicates"] = float(self.raw.correct[~DUPLICATES].mean())
 
+    log = functools.cached_property(lambda run: read_log(run))
+    attention = functools.cached_property(lambda run: read_attention(run))
+
 
 def read_run(folder, config, name):
     """The Run of a directory that has logits. A published one may be without those of the validation images."""
@@ -408,7 +411,7 @@ def corruption_effect(run):
 
 def late_change(run, column):
     """(1,): the mean of a column of log.csv over the last quarter of the epochs minus that over the third."""
-    log = read_log(run)
+    log = run.log
     if log is None or len(log[column]) < 4:
         raise Undecided("needs the log.csv of each run, with 4 epochs")
     curve, quarter = log[column], len(log[column]) // 4
@@ -425,7 +428,7 @@ def border_reliance(runs):
     """(runs, N), from gradcam.py's attention.csv: of the failures, and of hits of like confidence and class."""
     found = []
     for run in runs:
-        border, failed, matched = read_attention(run)
+        border, failed, matched = run.attention
         if failed.sum() >= FEWEST and matched.sum() >= FEWEST:
             found.append(mean_among(border, failed) - mean_among(border, matched))
     if not found:
@@ -440,7 +443,6 @@ def doubtful_failures(run):
     return mean_among(DOUBTFUL, run.raw.failures) - mean_among(DOUBTFUL, run.raw.sure_hits)
 
 
-@functools.cache
 def read_log(run):
     """{column: (epochs,)} of log.csv; None without one, or with a damaged one, which costs its own rows alone."""
     path, columns = run.folder / "log.csv", ("train_loss", "train_acc", "val_loss", "val_acc", "seconds")
@@ -452,7 +454,6 @@ def read_log(run):
     return {name: np.array([row[name] for row in rows]) for name in columns} if rows else None
 
 
-@functools.cache
 def read_attention(run):
     """attention.csv as (border, failed, matched), (N,) each: does hiding the border cost more? which images are these?"""
     n, path, made_by = len(run.labels), run.folder / "attention.csv", f"python gradcam.py {utils.quote(run.folder)}"
@@ -522,7 +523,7 @@ def small_animals_remark(row, runs):
 
 
 def border_remark(row, runs):
-    measured = sum(read_attention(run)[1].sum() for run in runs)
+    measured = sum(run.attention[1].sum() for run in runs)
     return f"{measured:,} of {sum(run.raw.failures.sum() for run in runs):,} failures measured"
 
 
@@ -796,7 +797,7 @@ def draw_training(study):
         for axes, key, scale, suffix in (panels[0], "loss", 1, smoothed), (panels[1], "acc", 100, ""):
             axes.plot([], [], ":", color=color, label=f"{arm[0].name}: training{suffix}")
             axes.plot([], [], "-", color=color, label=f"{arm[0].name}: validation")
-            for log in filter(None, map(read_log, arm)):
+            for log in filter(None, (run.log for run in arm)):
                 epochs, best = np.arange(1, len(log["val_acc"]) + 1), log["val_acc"].argmax()
                 axes.plot(epochs, scale * log[f"train_{key}"], ":", color=color, linewidth=1)
                 axes.plot(epochs, scale * log[f"val_{key}"], "-", color=color, linewidth=1)
@@ -995,7 +996,7 @@ def place(run):
 def setup_table(study):
     rows = []
     for run in study.runs:
-        config, log = run.config, read_log(run)
+        config, log = run.config, run.log
         epochs = ["-"] * 3
         if log:
             best = log["val_acc"].argmax()
@@ -1304,7 +1305,7 @@ def by_recipe(runs):
         arm = next((arm for arm in arms if utils.recipe(arm[0].config) == utils.recipe(run.config)), None)
         reason = None
         if not run.config.get("finished", True):
-            log, epochs = read_log(run), run.config["args"].get("epochs")
+            log, epochs = run.log, run.config["args"].get("epochs")
             reason = f"stopped after epoch {len(log['val_acc']) if log else 0} of {epochs} (continue it with --resume)"
         elif arms and not np.array_equal(run.labels, arms[0][0].labels):
             reason = f"was scored on other images than {arms[0][0].name}"

@@ -1333,12 +1333,11 @@ def test_verdict_reads_attention_of_this_checkpoint_only():
     other = [row | {"checkpoint": "abd"} for row in rows]
     for content, word in ((other, "another best.pt"), ([row | {"index": 10_000} for row in rows], "no test image")):
         utils.write_csv(run.folder / "attention.csv", content)
-        evaluate.read_attention.cache_clear()
         assert word in quietly(evaluate.read_attention, run)[1]
         with raised(evaluate.Undecided, "gradcam.py"):
             evaluate.border_reliance([run])
+        del run.attention
     utils.write_csv(run.folder / "attention.csv", rows[:-1])
-    evaluate.read_attention.cache_clear()
     share = np.mean(np.arange(len(failed) - 1) % 3 == 0)
     assert math.isclose(evaluate.border_reliance([run]).mean(), 1 - share)
     assert evaluate.border_remark({}, [run]) == f"{len(failed)} of {len(failed)} failures measured"
