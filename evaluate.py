@@ -1,31 +1,27 @@
-"""Score trained runs on the CIFAR-100 test set, and judge what a change does.
+"""Score trained runs on the CIFAR-100 test set, judge what a change does, and write the report.
 
-    python evaluate.py runs/baseline                        # one run
-    python evaluate.py runs/baseline runs/baseline-seed43 runs/smoothing0.1 ...
-    python evaluate.py runs/baseline runs/smoothing0.1 --stress
+    python evaluate.py runs/baseline                       # one run
+    python evaluate.py runs/baseline runs/baseline-seed43 runs/smoothing0.1 runs/smoothing0.1-seed43
+    python evaluate.py ... --stress                        # corruptions and an attack, too
 
-Runs of one recipe differ in the seed alone. The first recipe is the baseline;
-every other one gets a verdict on the study's claims (see README), with
-intervals that cover the choice of test images and the randomness of training.
+Runs of one recipe differ in the seed alone. The first recipe is the baseline; every other one gets a verdict on
+what the study says (CLAIMS below).
 
-The idea: a metric is computed from weighted test images. Weights of one give
-its value, the weights of a bootstrap resample one draw of it, many draws
-its interval; a claim is arithmetic on the draws of several runs. To add a
-metric, add a line to metrics(); to add a claim, add an entry to CLAIMS.
-The file follows this order: logits, the scores of each image, metrics,
-resamples, claims, stress, tables and pictures, main.
+The idea: a metric is a value for each test image, and their mean is the run's figure. So a recipe is a matrix
+(runs, images), a comparison is arithmetic on two matrices, and one function, estimate(), makes every interval.
+To add a metric, add a line to Scores.means(). To add a claim, add an entry to CLAIMS.
 
-Writes into each run directory test_logits.npy (10000, 100) float32 and
-test_labels.npy (10000,) int64, where row i is test image i; the same for the
-validation images; metrics.json (fractions, 95 % intervals under ci95);
-confusion.npy (row = true class, column = predicted) and .png, per_class.csv
-and .png, reliability.png; into the first run of each changed recipe
-verdict.json and .png. --stress adds stress_preds.npy, stress_confidence.npy,
-stress.csv and .png. Logits that are there already are not computed again.
+Writes into each run directory test_logits.npy (10000, 100) float32 and test_labels.npy (10000,) int64, where row
+i is test image i; the same for the validation images; metrics.json (fractions; 95 % intervals of means under
+ci95); confusion.npy (row = true class, column = predicted) and .png, per_class.csv and .png, reliability.png.
+--stress adds stress_preds.npy, stress_confidence.npy (65 conditions, N) and stress.csv. The first run of each
+changed recipe gets verdict.json and report.md with its pictures. Logits that are there are not computed again.
 """
 
-import itertools
+import functools
+import json
 import math
+import os
 import textwrap
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,28 +29,150 @@ from typing import Callable
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 import utils
-from data import CORRUPTIONS, NUM_CLASSES, SMALL_ANIMALS, SUPERCLASS_OF, SUPERCLASSES, TITLES
-from data import class_names, corrupt, load_dataset, normalize, split_id, split_train_val
+from data import CORRUPTIONS, DOUBTFUL, DUPLICATES, NUM_CLASSES, SMALL_ANIMALS, SUPERCLASS_OF, SUPERCLASSES, TITLES
+from data import attack, class_names, corrupt, load_dataset, normalize, split_id, split_train_val, votes
 from model import MODELS
 from utils import ScriptError, calibration_bins, confusion_matrix, log_softmax, warn
 
-# The study's one run: ResNet-18 with smoothing 0.1, best epoch of 40, CIFAR-100 test set.
-PUBLISHED = {"accuracy": 0.6596, "macro_precision": 0.6611, "macro_recall": 0.6596, "macro_f1": 0.6588}
-
-ARRAYS = ("test_logits.npy", "test_labels.npy", "val_logits.npy", "val_labels.npy")
 CONFIDENT = 0.9  # the study's failures are wrong with a confidence above this
-UNSCALED = {  # metrics that a temperature leaves alone
-    "accuracy", "macro_precision", "macro_recall", "macro_f1", "top5_accuracy",
-    "superclass_accuracy", "errors_within_superclass",
-}  # fmt: skip
 MARGIN = 0.01  # accuracies within a point of each other count as the same
-RESAMPLES, BLOCK = 2000, 100  # bootstrap resamples of the test images, and how many are handled at once
+FEWEST = 20  # images; a mean among fewer gets no figure
+STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)  # 97.5 % points of Student's t
+SMALL = np.isin(np.arange(NUM_CLASSES), SMALL_ANIMALS)  # (100,) is the class one of a small animal?
+
+
+# ---- the idea -------------------------------------------------------------------------------------------
+
+
+def estimate(*arms):
+    """(figure, half): the mean value of one recipe, or its change from the first recipe to the second.
+
+    arms: matrices (runs, N) of a value for each run and test image. figure +- half is the 95 % interval. half is
+    None if a recipe has one run, since its seed may be the reason. Two parts of the error add in squares: the
+    randomness of training (spread between runs) and the choice of test images, which all runs share.
+    """
+    images, change = arms[0].shape[1], arms[-1].mean(0)  # (N,)
+    if len(arms) == 2:
+        change = change - arms[0].mean(0)
+    figure, freedom = change.mean(), sum(len(arm) - 1 for arm in arms)
+    if min(map(len, arms)) < 2:
+        return figure, None
+    t = STUDENT[freedom - 1] if freedom <= len(STUDENT) else 1.96 + 2.4 / freedom
+    share = sum(1 / len(arm) for arm in arms)  # variance of the figure per variance of one run
+    of_runs = sum(((arm.mean(1) - arm.mean()) ** 2).sum() for arm in arms) / freedom
+    of_images = change.var() / images
+    # What runs do by chance on single images is in both parts; it is taken out of the second one.
+    residuals = [arm - arm.mean(1, keepdims=True) - arm.mean(0) + arm.mean() for arm in arms]
+    noise = sum((part**2).sum() for part in residuals) / freedom / images**2
+    both = t**2 * share * of_runs + 1.96**2 * max(0, of_images - share * noise)
+    return figure, math.sqrt(max(both, 1.96**2 * of_images))  # never shorter than the images alone make it
+
+
+@dataclass
+class Claim:
+    """What the study says, and the value for each run and image that decides it."""
+
+    text: str
+    side: str  # what is claimed of the figure: "above" or "below" the reference, or "within" MARGIN of it
+    values: Callable  # (runs of a recipe, baselines): (runs, N)
+    study: str  # the study's own words
+    meaning: str  # what the figure is
+    reference: float = 0.0
+    unit: str = "points"
+    real: bool = False  # makes no sense on synthetic images
+    remark: Callable = lambda row, *recipes: ""  # what a reader must know beside the figure
+
+
+def each(value):
+    """The values of a claim that looks at each run alone: value(run) is (N,)."""
+    return lambda runs, baselines: np.array([value(run) for run in runs], np.float64)
+
+
+COMPARISONS = [  # changed minus baseline
+    Claim("accuracy stays within 1 point", "within", each(lambda run: run.raw.correct),
+          "does not change total accuracy significantly", "test accuracy",
+          remark=lambda row, *recipes: accuracy_remark(row, *recipes)),
+    Claim("fewer confident errors (> 0.90)", "below", each(lambda run: run.raw.failures),
+          "decreases extreme confidence on incorrect predictions", "share of images wrong above 0.90",
+          remark=lambda row, *recipes: construction_remark(row, *recipes)),
+    Claim("fewer errors in the surest half", "below", each(lambda run: surest_half(run)),
+          "", "error rate of the half of the images that a run is most sure of"),
+    Claim("earlier failures less confident", "below", lambda runs, base: on_failures(runs, base, "raw"),
+          "failure cases identified previously have less confidence",
+          "confidence on the confident failures of baselines of other seeds"),
+    Claim("the same, temperature-scaled", "below", lambda runs, base: on_failures(runs, base, "scaled"),
+          "", "the same after temperature scaling: is it more than a general loss of confidence?"),
+    Claim("calibration improves", "below", lambda runs, base: miscalibration(runs),
+          "calibration has been improved", "distance of mean confidence from accuracy",
+          remark=lambda row, *recipes: scaled_gap_remark(row, *recipes)),
+    Claim("less accuracy lost to corruption", "above", each(lambda run: corruption_effect(run)),
+          "slight boost to robustness", "accuracy under 12 x 5 corruptions minus clean accuracy"),
+]  # fmt: skip
+ABOUT_ONE = [  # for the baseline and for the changed recipe, side by side
+    Claim("validation accuracy falls again", "below", each(lambda run: late_change(run, "val_acc")),
+          "peaks early; performance degrades", "mean of the last quarter of the epochs minus that of the third"),
+    Claim("validation loss rises again", "above", each(lambda run: late_change(run, "val_loss")),
+          "mild overfitting", "the same with the validation loss", unit="nats"),
+    Claim("errors are mostly in the superclass", "above",
+          each(lambda run: mean_among(run.raw.same_superclass, ~run.raw.correct)),
+          "mostly made between the similar fine-grained categories", "share of the errors inside the superclass",
+          reference=0.5, unit="%", real=True, remark=lambda row, *recipes: superclass_remark(row, *recipes)),
+    Claim("small animals are below average", "below", each(lambda run: small_animals(run)),
+          "small animals are among the lowest performing", "accuracy of 15 classes minus that of the others",
+          real=True, remark=lambda row, *recipes: small_animals_remark(row, *recipes)),
+    Claim("failures rely more on the border", "above", lambda runs, base: border_reliance(runs),
+          "attention is often focused on the background",
+          "images that lose more if the border is hidden than if the centre is: confident failures minus like hits",
+          remark=lambda row, *recipes: border_remark(row, *recipes)),
+    Claim("confident failures are doubtful images", "above", each(lambda run: doubtful_failures(run)),
+          "highly confident errors on ambiguous images",
+          "label not upheld by 3 of 5 people: confident failures minus confident hits", real=True),
+]  # fmt: skip
+
+
+class Undecided(Exception):
+    """Why a claim has no figure."""
+
+
+def judge(claim, runs, baselines, name):
+    """One row of the verdict: figure and interval of runs against baselines, or of runs alone if these are None."""
+    row = {"claim": claim.text, "recipe": name, "figure": None, "ci95": None, "word": "not decided"}
+    row |= {"runs": {}, "note": ""}
+    try:
+        if claim.real and runs[0].config["dataset"] == "synthetic":
+            raise Undecided("synthetic images have no such classes")
+        recipes = [runs] if baselines is None else [baselines, runs]
+        arms = [claim.values(recipe, recipes[0]) for recipe in recipes]
+        used = [run for recipe, arm in zip(recipes, arms) for run in recipe[: len(arm)]]
+        row["runs"] = dict(zip([run.name for run in used], np.concatenate([arm.mean(1) for arm in arms]).tolist()))
+        figure, half = estimate(*arms)
+        if not math.isfinite(figure):
+            raise Undecided("undefined: no image or epoch that the claim is about")
+        row["figure"] = float(figure)
+        if half is None:
+            row["note"] = "one run of a recipe: its seed may be the reason. "
+        else:
+            row["ci95"] = [float(figure - half), float(figure + half)]
+            row["word"] = decide(*(end - claim.reference for end in row["ci95"]), claim.side)
+        row["note"] += claim.remark(row, *recipes)
+    except Undecided as reason:
+        row["note"] = str(reason)
+    return row
+
+
+def decide(low, high, side):
+    """Does the interval of figure - reference lie inside the claimed range, outside of it, or neither?"""
+    bottom, top = {"below": (-math.inf, 0), "above": (0, math.inf), "within": (-MARGIN, MARGIN)}[side]
+    if bottom < low and high < top:
+        return "supported"
+    return "contradicted" if high < bottom or low > top else "not decided"
 
 
 # ---- logits ---------------------------------------------------------------------------------------------
+
+ARRAYS = ("test_logits.npy", "test_labels.npy", "val_logits.npy", "val_labels.npy")
 
 
 def compute_logits(run_dir, dataset, data_dir, device):
@@ -73,48 +191,80 @@ def compute_logits(run_dir, dataset, data_dir, device):
         utils.write_npy(run_dir / f"{split}_logits.npy", logits.cpu().numpy())
         utils.write_npy(run_dir / f"{split}_labels.npy", labels.numpy())
     # The scores come later; until then metrics.json says which best.pt these logits belong to.
-    utils.write_json(run_dir / "metrics.json", {"sha256": checksums(run_dir)})
+    known = {"best.pt": checkpoint["sha256"]} | {name: utils.sha256(run_dir / name) for name in ARRAYS}
+    utils.write_json(run_dir / "metrics.json", {"sha256": known})
 
 
-def checksums(run_dir):
-    """{file: SHA-256} of the arrays and of their best.pt; if that is gone, its checksum from metrics.json."""
-    found = {name: utils.sha256(run_dir / name) for name in ("best.pt", *ARRAYS)}
-    found["best.pt"] = found["best.pt"] or known_checksums(run_dir).get("best.pt")
-    return found
-
-
-def known_checksums(run_dir):
-    """The checksums in metrics.json; {} if it is missing or damaged: the scores are computed again."""
+def is_current(run_dir):
+    """Do best.pt and the arrays have the checksums of metrics.json? A file that was not published may be missing."""
     try:
-        return utils.recorded_checksums(run_dir)
+        known = utils.recorded_checksums(run_dir)
     except ScriptError:
-        return {}
+        return False  # missing or damaged: computed again
+    found = {name: utils.sha256(run_dir / name) for name in ("best.pt", *ARRAYS)}
+    published = not (run_dir / "last.pt").exists() and found["test_logits.npy"]
+    optional = ("best.pt", "val_logits.npy", "val_labels.npy") if published else ()
+    return all(found[name] == known.get(name) or (name in optional and found[name] is None) for name in found)
 
 
-# ---- one run --------------------------------------------------------------------------------------------
+# ---- one run: a value for each test image ---------------------------------------------------------------
 
 
 class Scores:
-    """What logits (N, C) predict for N test images: arrays (N,). Metrics are computed from these and weights."""
+    """What logits (N, C) predict for N images: arrays (N,). Metrics are computed from these."""
 
     def __init__(self, logits, labels):
-        log_probs = log_softmax(logits)
-        probs, rows = np.exp(log_probs), np.arange(len(labels))
+        log_probs, rows = log_softmax(logits), np.arange(len(labels))
+        self.labels, self.probs = labels, np.exp(log_probs)
         true_logits = logits[rows, labels][:, None]
         ahead = (logits > true_logits) | ((logits == true_logits) & (np.arange(logits.shape[1]) < labels[:, None]))
         self.pred = logits.argmax(1)
-        self.confidence = probs[rows, self.pred]  # largest softmax probability
+        self.confidence = self.probs[rows, self.pred]  # largest softmax probability
+        self.true_probability = self.probs[rows, labels]
         self.correct = self.pred == labels
-        # top5: is the true class among the five most likely? Where logits tie, the lower label leads.
-        self.top5 = ahead.sum(1) < 5
-        self.nll = -log_probs[rows, labels]  # -log of the true class's probability, in nats
-        self.brier = (probs**2).sum(1) - 2 * probs[rows, labels] + 1  # sum of (probability - target)^2, in [0, 2]
+        self.top5 = ahead.sum(1) < 5  # where logits tie, the lower label leads
+        self.nll = -log_probs[rows, labels]  # in nats
+        self.brier = (self.probs**2).sum(1) - 2 * self.true_probability + 1  # sum of (probability - target)^2
         self.same_superclass = SUPERCLASS_OF[self.pred] == SUPERCLASS_OF[labels]  # right, or an error inside it
         self.failures = ~self.correct & (self.confidence > CONFIDENT)  # the study's confident failures
+        self.sure_hits = self.correct & (self.confidence > CONFIDENT)
+
+    def means(self):
+        """{metric: (N,)} of the metrics that are means over the images."""
+        return {
+            "accuracy": self.correct,
+            "top5_accuracy": self.top5,
+            "superclass_accuracy": self.same_superclass,
+            "confident_errors": self.failures,
+            "mean_confidence": self.confidence,
+            "signed_gap": self.confidence - self.correct,  # above 0: more confident than right
+            "nll": self.nll,
+            "brier": self.brier,
+        }
+
+    def metrics(self):
+        """{metric: float}, NaN where undefined, as without errors."""
+        found = {name: values.mean() for name, values in self.means().items()}
+        macro = utils.macro_scores(confusion_matrix(self.labels, self.pred, NUM_CLASSES))
+        found["macro_precision"], found["macro_recall"], found["macro_f1"] = macro
+        inside = self.same_superclass[~self.correct]
+        found["errors_within_superclass"] = inside.mean() if len(inside) else math.nan
+        found["ece"] = utils.calibration_error(self.confidence, self.correct)
+        found["auroc_failure"] = auroc(self.confidence, self.correct)
+        return {name: float(value) for name, value in found.items()}
+
+
+def auroc(confidence, correct):
+    """P(a correct image is more confident than a wrong one), ties half; NaN without errors or without hits."""
+    hits, errors = np.sort(confidence[correct]), confidence[~correct]
+    if len(hits) == 0 or len(errors) == 0:
+        return math.nan
+    not_above = (np.searchsorted(hits, errors, "left") + np.searchsorted(hits, errors, "right")) / 2
+    return 1 - not_above.mean() / len(hits)
 
 
 def fit_temperature(logits, labels):
-    """The T in 0.01..100 that minimises the NLL of logits / T, Guo et al., arXiv:1706.04599.
+    """The T in 0.01..100 that minimises the NLL of logits / T, Guo et al., arXiv:1706.04599; six digits.
 
     Fit it on images held out from training, and never on those that are scored. The NLL is convex in b = 1/T,
     so its slope, the mean of (sum_k p_k z_k) - z_y, changes sign once: bisection. Where it does not, as with no
@@ -123,124 +273,203 @@ def fit_temperature(logits, labels):
     logits = logits - logits.max(1, keepdims=True)  # so that exp() cannot overflow
     true_logits = logits[np.arange(len(labels)), labels]
     low, high = 0.01, 100.0
-    for _ in range(45):  # ln(high / low) from 9.2 to 3e-13
+    for _ in range(25):  # ln(high / low) from 9.2 to 3e-7
         b = math.sqrt(low * high)
         p = np.exp(b * logits)
         slope = (np.einsum("nc,nc->n", p, logits) / p.sum(1) - true_logits).mean()
         low, high = (low, b) if slope > 0 else (b, high)
-    return 1 / b
+    return float(f"{1 / b:.6g}")
+
+
+def trust(val, test):
+    """When may one trust an answer? From Scores of the validation and of the test images.
+
+    answers: the share of the test images above the confidence at which 95 % of the validation images were right,
+    and their accuracy. sets: all classes with p >= t, t such that 90 % of the validation images' sets hold the
+    true class (split conformal, Sadinle et al., arXiv:1609.00451): share of test images whose set holds it, mean
+    number of classes, and the share in the worst class, since the promise is only on average. None where
+    undefined: fewer than 100 validation images, or no such confidence.
+    """
+    found = dict.fromkeys(("answers", "answers_accuracy", "set_coverage", "set_size", "set_worst_class"))
+    n = len(val.labels)
+    if n < 100:
+        return found
+    order = np.argsort(-val.confidence, kind="stable")
+    accuracy_so_far = np.cumsum(val.correct[order]) / np.arange(1, n + 1)
+    good = np.flatnonzero(accuracy_so_far >= 0.95)
+    if len(good):
+        answered = test.confidence >= val.confidence[order[good[-1]]]
+        found["answers"] = answered.mean()
+        found["answers_accuracy"] = test.correct[answered].mean() if answered.any() else None
+    t = np.sort(val.true_probability)[n - math.ceil(0.9 * (n + 1))]  # the (n + 1 - ceil)-th smallest
+    held = test.true_probability >= t
+    found["set_coverage"], found["set_size"] = held.mean(), (test.probs >= t).sum(1).mean()
+    found["set_worst_class"] = min(held[test.labels == label].mean() for label in np.unique(test.labels))
+    return {name: None if value is None else float(value) for name, value in found.items()}
 
 
 class Run:
     """A trained run on the test images, as the rest of this file sees it."""
 
-    def __init__(self, name, config, logits, labels, temperature, scaled_logits=None, folder=None):
-        self.name, self.config, self.folder = name, config, folder
+    def __init__(self, folder, config, name, logits, labels, temperature, trust=None):
+        self.folder, self.config, self.name, self.labels = folder, config, name, labels
         self.seed = config["args"].get("seed")
-        self.logits, self.labels = logits, labels  # (N, 100) float64 and (N,) int64
-        self.temperature = temperature  # None for an ensemble, whose members are scaled one by one
-        self.scaled_logits = logits / temperature if scaled_logits is None else scaled_logits
-        self.raw, self.scaled = Scores(logits, labels), Scores(self.scaled_logits, labels)
+        self.trust = trust  # of trust()
+        self.raw, self.scaled = Scores(logits, labels), Scores(logits / temperature, labels)
         self.confusion = confusion_matrix(labels, self.raw.pred, NUM_CLASSES)
         self.stress = None  # a Stress, once it is read or measured
-        self.draws = {}  # {metric: (RESAMPLES,)}, once measure() was called
-        self.values = {}  # {metric: float}, and with the suffix _scaled
-        for suffix, scores, same in (("", self.raw, ()), ("_scaled", self.scaled, UNSCALED)):
-            found = metrics(scores, labels, np.ones((1, len(labels))))
-            found["ece_null"] = [calibrated_ece(scores.confidence)]
-            self.values |= {name + suffix: float(value[0]) for name, value in found.items() if name not in same}
-
-    def measure(self, weights):
-        """Fill draws: every metric in every resample of the test images."""
-        blocks = np.split(weights, range(BLOCK, len(weights), BLOCK))
-        found = [metrics(self.raw, self.labels, block.astype(np.float32)) for block in blocks]
-        self.draws = {name: np.concatenate([part[name] for part in found]) for name in found[0]}
+        self.values = self.raw.metrics()  # {metric: float}
+        scaled = self.scaled.metrics()
+        moved = ("confident_errors", "mean_confidence", "signed_gap", "nll", "brier", "ece", "auroc_failure")
+        self.values |= {f"{name}_scaled": scaled[name] for name in moved} | {"temperature": temperature}
+        if config["dataset"] == "cifar100":
+            self.values["accuracy_without_duplicates"] = float(self.raw.correct[~DUPLICATES].mean())
 
 
-def read_run(run_dir, config):
-    """The Run of a directory that has logits."""
-    logits, labels = utils.load_logits(run_dir, "test")
-    temperature = fit_temperature(*utils.load_logits(run_dir, "val"))
-    return Run(run_dir.resolve().name, config, logits, labels, temperature, folder=run_dir)
+def read_run(folder, config, name):
+    """The Run of a directory that has logits. A published one may be without those of the validation images."""
+    logits, labels = utils.load_logits(folder, "test")
+    if (folder / "val_logits.npy").exists():
+        val_logits, val_labels = utils.load_logits(folder, "val")
+        temperature = fit_temperature(val_logits, val_labels)
+        run = Run(folder, config, name, logits, labels, temperature)
+        run.trust = trust(Scores(val_logits, val_labels), run.raw)
+        return run
+    path, made_by = folder / "metrics.json", f"python evaluate.py {utils.quote(folder)}"
+    known = utils.read_json(path, made_by, "the scores of a run")
+    with utils.reading(path, made_by, "the scores of a run without val_logits.npy"):
+        temperature = known["temperature"]
+        utils.require(0 < temperature < math.inf and isinstance(known["trust"], dict), "no temperature or trust")
+    return Run(folder, config, name, logits, labels, temperature, known["trust"])
 
 
 def ensemble(runs):
-    """(Run of the mean probability, {what: (N,)}): a deep ensemble, Lakshminarayanan et al., arXiv:1612.01474.
+    """Scores of the mean probability: a deep ensemble, Lakshminarayanan et al., arXiv:1612.01474."""
+    mean = np.mean([run.raw.probs for run in runs], 0)
+    return Scores(np.log(np.maximum(mean, 1e-300)), runs[0].labels)
 
-    disagreement: share of the pairs of members that predict different classes. mutual_information: entropy of
-    the mean probability minus the members' mean entropy, in nats (Depeweg et al., arXiv:1710.07283).
-    Scaled: the mean of the scaled probabilities. It has no temperature of its own: seeds split differently, so
-    no validation image is held out from every member.
+
+# ---- the values of the claims ---------------------------------------------------------------------------
+
+
+def mean_among(values, chosen):
+    """(N,) values whose mean is the mean of `values` among the chosen images.
+
+    Each is that mean plus what its image contributes to it (its influence), so estimate() can take it.
     """
-    log_probs = np.array([log_softmax(run.logits) for run in runs])  # (members, N, 100)
-    log_mean = np.logaddexp.reduce(log_probs) - math.log(len(runs))
-    log_scaled = np.logaddexp.reduce([log_softmax(run.scaled_logits) for run in runs]) - math.log(len(runs))
-    pairs = [a.raw.pred != b.raw.pred for a, b in itertools.combinations(runs, 2)]
-    information = (np.exp(log_probs) * (log_probs - log_mean)).sum(2).mean(0)  # mean KL divergence from the mean
-    extra = {"disagreement": np.mean(pairs, 0), "mutual_information": np.maximum(information, 0)}  # < 0 by rounding
-    return Run(f"ensemble of {len(runs)}", runs[0].config, log_mean, runs[0].labels, None, log_scaled), extra
+    if chosen.sum() < FEWEST:
+        raise Undecided(f"needs {FEWEST} such images, there are {chosen.sum()}")
+    mean = values[chosen].mean()
+    return mean + chosen * (values - mean) / chosen.mean()
 
 
-# ---- metrics --------------------------------------------------------------------------------------------
+def surest_half(run):
+    """(N,) values whose mean is the error rate of the N/2 most confident images.
 
-
-@np.errstate(invalid="ignore", divide="ignore")
-def metrics(scores, labels, weights):
-    """{metric: (R,) values}, NaN where undefined, as without errors. weights (R, N): how often each image counts."""
-    s, w, n = scores, weights, weights.sum(1)
-    wrong, gap = ~s.correct, s.confidence - s.correct
-    columns = {  # metrics that are means over the images
-        "accuracy": s.correct,
-        "top5_accuracy": s.top5,
-        "superclass_accuracy": s.same_superclass,
-        "errors_within_superclass": s.same_superclass & wrong,  # divided by the errors below
-        "nll": s.nll,
-        "brier": s.brier,
-        "mean_confidence": s.confidence,
-        "signed_gap": gap,  # above 0: more confident than right
-        "confident_errors": s.failures,
-    }
-    gap_in_bins = gap[:, None] * (calibration_bins(s.confidence)[:, None] == np.arange(15))
-    # float64: in float32 the order of the sums, which threads change, would show in the sixth digit
-    means = w.astype(np.float64) @ np.column_stack([*columns.values(), gap_in_bins]) / n[:, None]
-    found = dict(zip(columns, means.T))
-    found["ece"] = np.abs(means[:, len(columns) :]).sum(1)  # see utils.calibration_error
-    found["errors_within_superclass"] = found["errors_within_superclass"] / (1 - found["accuracy"])
-    true, predicted = (np.eye(NUM_CLASSES, dtype=w.dtype)[classes] for classes in (labels, s.pred))  # (N, 100)
-    counts = w @ np.hstack([true * s.correct[:, None], true, predicted])
-    macro = utils.macro_scores_from_counts(*np.split(counts, 3, axis=1))
-    found["macro_precision"], found["macro_recall"], found["macro_f1"] = macro
-    found["aurc"], found["auroc_failure"] = rank_by_confidence(s.confidence, wrong, w)
-    return found
-
-
-def rank_by_confidence(confidence, wrong, w):
-    """(AURC, AUROC of confidence for errors), each (R,), for weights (R, N).
-
-    AURC: the error rate among the images at least as confident as image i, averaged over i; lower is better
-    (Geifman, Uziel, El-Yaniv, arXiv:1805.08206). AUROC: P(a correct image is more confident than a wrong
-    one), ties half; NaN without errors or without hits.
+    An image's influence counts from the error rate at the edge, since another image takes its place there.
     """
-    order = np.argsort(-confidence, kind="stable")
-    falling, wrong, drawn = -confidence[order], wrong[order], w.take(order, 1)
-    before = np.searchsorted(falling, falling) - 1  # the last image that is more confident; -1: there is none
-    last = np.searchsorted(falling, falling, "right") - 1  # the last one that is equally confident
-    images, errors = np.cumsum(drawn, 1), np.cumsum(drawn * wrong, 1)  # at least as confident
-    hits, n, wrong_n = images - errors, images[:, -1], errors[:, -1]
-    aurc = (drawn * errors.take(last, 1) / np.maximum(images.take(last, 1), 1)).sum(1, dtype=np.float64) / n
-    above = hits[:, before[wrong]] * (before[wrong] >= 0) + hits[:, last[wrong]]  # ties once, the others twice
-    pairs = (drawn[:, wrong] * above).sum(1, dtype=np.float64) / 2
-    return aurc, pairs / (wrong_n * (n - wrong_n))
+    n, order = len(run.labels), np.argsort(-run.raw.confidence, kind="stable")
+    wrong, half, around = ~run.raw.correct[order], n // 2, max(1, min(500, n // 20))
+    rate, edge = wrong[:half].mean(), wrong[half - around : half + around].mean()
+    sure = np.arange(n) < half
+    values = np.empty(n)
+    values[order] = rate + (sure * (wrong - edge) - (rate - edge) * half / n) * n / half
+    return values
 
 
-def calibrated_ece(confidence):
-    """The ECE that a perfectly calibrated model of these confidences shows on average: its noise floor.
+def on_failures(runs, baselines, kind):
+    """(runs, N): confidence ("raw" or "scaled") on the confident failures of baselines, averaged over these sets.
 
-    Over a bin, correct - confidence then sums to about normal with variance sum p (1 - p), p the confidence. The
-    mean absolute value of that is sqrt(2 / pi) standard deviations.
+    Failures picked for their confidence in one run look better in any other run (regression to the mean). So each
+    run is read on the failures of baselines of other seeds.
     """
-    variance = np.bincount(calibration_bins(confidence), confidence * (1 - confidence))
-    return float(np.sqrt(2 / np.pi * variance).sum() / len(confidence))
+    found = []
+    for run in runs:
+        sets = [other.raw.failures for other in baselines if other.seed != run.seed]
+        if not sets:
+            raise Undecided("needs baselines of two seeds")
+        found.append(np.mean([mean_among(getattr(run, kind).confidence, failures) for failures in sets], 0))
+    return np.array(found)
+
+
+def miscalibration(runs):
+    """(runs, N) values whose mean is |mean confidence - accuracy| of the recipe."""
+    gaps = np.array([run.raw.confidence - run.raw.correct for run in runs])
+    return gaps * np.sign(gaps.mean())
+
+
+def corruption_effect(run):
+    """(n,): on each image of the stress test, the share of corruptions under which it is right, minus clean."""
+    if run.stress is None:
+        raise Undecided("needs --stress on all runs, with the same images")
+    return run.stress.correct[KINDS == "corruption"].mean(0) - run.stress.correct[0]
+
+
+def late_change(run, column):
+    """(1,): the mean of a column of log.csv over the last quarter of the epochs minus that over the third."""
+    log = read_log(run)
+    if log is None or len(log[column]) < 4:
+        raise Undecided("needs the log.csv of each run, with 4 epochs")
+    curve, quarter = log[column], len(log[column]) // 4
+    return np.array([curve[-quarter:].mean() - curve[-2 * quarter : -quarter].mean()])
+
+
+def small_animals(run):
+    """(N,) values whose mean is the accuracy on small animals minus that on the other classes."""
+    small = SMALL[run.labels]
+    return mean_among(run.raw.correct, small) - mean_among(run.raw.correct, ~small)
+
+
+def border_reliance(runs):
+    """(runs, N), from gradcam.py's attention.csv: of the failures, and of hits of like confidence and class."""
+    found = []
+    for run in runs:
+        border, failed, matched = read_attention(run)
+        if failed.sum() >= FEWEST and matched.sum() >= FEWEST:
+            found.append(mean_among(border, failed) - mean_among(border, matched))
+    if not found:
+        raise Undecided(f"needs {FEWEST} confident failures that went through failures.py and gradcam.py")
+    return np.array(found)
+
+
+def doubtful_failures(run):
+    """(N,): the share of doubtful labels among confident failures minus that among confident hits."""
+    return mean_among(DOUBTFUL, run.raw.failures) - mean_among(DOUBTFUL, run.raw.sure_hits)
+
+
+@functools.cache
+def read_log(run):
+    """{column: (epochs,)} of log.csv; None without one, or with a damaged one, which costs its own rows alone."""
+    path, columns = run.folder / "log.csv", ("train_loss", "train_acc", "val_loss", "val_acc", "seconds")
+    try:
+        rows = utils.read_csv(path, "python train.py", "the log of a run", dict.fromkeys(columns, float))
+    except ScriptError as error:
+        warn(f"{error}; left out")
+        return None
+    return {name: np.array([row[name] for row in rows]) for name in columns} if rows else None
+
+
+@functools.cache
+def read_attention(run):
+    """attention.csv as (border, failed, matched), (N,) each: does hiding the border cost more? which images are these?"""
+    n, path, made_by = len(run.labels), run.folder / "attention.csv", f"python gradcam.py {utils.quote(run.folder)}"
+    border, failed, matched = np.zeros(n), np.zeros(n, bool), np.zeros(n, bool)
+    if not path.exists():
+        return border, failed, matched
+    columns = {"index": int, "group": str, "checkpoint": str, "border_drop": float, "centre_drop": float}
+    try:
+        rows = utils.read_csv(path, made_by, "attention figures", columns)
+        if {row["checkpoint"] for row in rows} - {utils.checkpoint_id(run.folder)}:
+            raise ScriptError(f"{path} belongs to another best.pt; run {made_by}")
+        with utils.reading(path, made_by, "attention figures"):
+            utils.require(all(row["index"] in range(n) for row in rows), "no test image")
+    except ScriptError as error:
+        warn(f"{error}; left out")
+        return border, failed, matched
+    for row in rows:
+        border[row["index"]] = row["border_drop"] > row["centre_drop"]
+        (failed if row["group"] == "failure" else matched)[row["index"]] = True
+    return border, failed & run.raw.failures, matched & run.raw.correct
 
 
 def chance_within_superclass(confusion):
@@ -256,453 +485,62 @@ def chance_within_superclass(confusion):
     return float(independent[inside].sum() / independent.sum()) if independent.any() else math.nan
 
 
-# ---- resamples ------------------------------------------------------------------------------------------
+# ---- what a reader must know beside a figure ------------------------------------------------------------
 
 
-def resample(labels, seed=0):
-    """How often each image is drawn in each bootstrap resample: (RESAMPLES, N) uint8.
-
-    The test set has 100 images of every class by design, so each class is redrawn from its own images. All
-    runs get the same resamples: that pairs them.
-    """
-    rng = np.random.default_rng(seed)
-    by_class = np.argsort(labels, kind="stable")
-    classes = labels[by_class]
-    first, size = np.searchsorted(classes, classes), np.bincount(labels)[classes]  # of each image's class
-    weights = np.empty((RESAMPLES, len(labels)), np.uint8)
-    for row in weights:
-        drawn = by_class[first + (rng.random(len(labels)) * size).astype(np.int64)]
-        row[:] = np.bincount(drawn, minlength=len(labels))
-    return weights
+def accuracy_remark(row, *recipes):
+    if row["ci95"] is None:
+        return ""
+    low, high = row["ci95"]
+    return "the interval excludes 0" if low > 0 or high < 0 else "the interval includes 0"
 
 
-def weighted_mean(values, weights):
-    """Means (R,) of values (N,) under weights (R, N); 0 where all weights are 0."""
-    return np.einsum("rn,n->r", weights, values, dtype=np.float64) / np.maximum(weights.sum(1), 1e-9)
-
-
-def interval(draws):
-    """[low, high]: the middle 95 % of the draws, None if some are undefined."""
-    return None if draws is None or np.isnan(draws).any() else np.quantile(draws, [0.025, 0.975]).tolist()
-
-
-# ---- the claims -----------------------------------------------------------------------------------------
-
-
-@dataclass
-class Estimate:
-    """A claim's statistic, and what to hold it against."""
-
-    figure: float | None = None
-    draws: np.ndarray | None = None  # of the figure, over test images and training runs
-    control: str = ""  # what the figure would be without the effect, or how far seeds alone move it
-    control_value: float | None = None
-    reference: float = 0.0  # the claim is about figure - reference
-    dots: tuple = ((), ())  # the runs of each arm, on the scale of figure - reference
-    unit: float = 100  # 100: points; 1: nats
-    control_is_count: bool = False
-    note: str = ""  # why it cannot be decided
-
-
-class Arm:
-    """A quantity of the runs of one recipe, from [(value, draws (RESAMPLES,))] of the runs."""
-
-    def __init__(self, pairs):
-        self.values = np.array([value for value, _ in pairs])  # (R,)
-        self.draws = np.array([draws for _, draws in pairs])  # (R, RESAMPLES), in resamples of the test images
-        self.mean, runs = self.values.mean(), len(pairs)
-        # The part of the mean's variance over images that the runs do not share; the spread between seeds has it too.
-        own = (self.draws - self.draws.mean(0)).var(1).sum()
-        self.image_noise = own / (runs * (runs - 1)) if runs > 1 else 0.0
-
-
-class Recipes:
-    """The runs of two recipes on the same test images; of one alone, if changed is empty. weights: of resample()."""
-
-    def __init__(self, baselines, changed, weights):
-        self.baselines, self.changed, self.weights = baselines, changed, weights
-        self.arms = [arm for arm in (baselines, changed) if arm]
-
-    def quantity(self, measure):
-        """An Arm per recipe, of measure(run): (value, draws (RESAMPLES,))."""
-        return [Arm([measure(run) for run in arm]) for arm in self.arms]
-
-    def metric(self, name):
-        return self.quantity(lambda run: (run.values[name], run.draws[name]))
-
-    def mean(self, of_images, weights=None):
-        """An Arm per recipe, of the mean over the images of of_images(run), (N,)."""
-        weights = self.weights if weights is None else weights
-        return self.quantity(lambda run: (of_images(run).mean(), weighted_mean(of_images(run), weights)))
-
-
-def spread(arms):
-    """(standard deviation between seeds, degrees of freedom): all recipes are taken to vary alike."""
-    degrees = sum(len(arm.values) - 1 for arm in arms)
-    squares = sum(((arm.values - arm.mean) ** 2).sum() for arm in arms)
-    return (math.sqrt(squares / degrees) if degrees else math.nan), degrees
-
-
-def with_noise(figure, draws, image_noise, error, degrees, seed=0):
-    """Draws of a figure over test images and training runs.
-
-    draws: (RESAMPLES,) over images. error: standard error over training runs, with a Student t of so many
-    degrees of freedom; without a degree the draws are over images alone. The variance of the result is that
-    of the draws, minus the image_noise that the error contains as well, plus that of the t. Where runs agree
-    by chance, the error is smaller than that noise, and no more than the error is taken out.
-    """
-    centred = draws - draws.mean()
-    variance = centred.var()
-    shrink = math.sqrt(max(0.0, 1 - min(image_noise, error**2) / variance)) if variance else 1.0
-    noisy = figure + shrink * np.tile(centred, 20)  # each with 20 draws of the t
-    return noisy + error * np.random.default_rng(seed).standard_t(degrees, len(noisy)) if degrees else noisy
-
-
-def level(arm, arms, seed=0):
-    """(figure, draws): the mean of one arm; the spread between seeds is that of all arms."""
-    s, degrees = spread(arms)
-    return arm.mean, with_noise(arm.mean, arm.draws.mean(0), arm.image_noise, s / len(arm.values) ** 0.5, degrees, seed)
-
-
-def one_recipe(arms, control, control_value, reference=0.0, **about):
-    """The Estimate of the first arm's mean, against a reference."""
-    dots = (arms[0].values - reference, ())
-    return Estimate(*level(arms[0], arms), control, control_value, reference, dots, **about)
-
-
-def change(arms, control=(), unit=100):
-    """The Estimate of the changed runs' mean minus the baselines'. control: (text, value); default: between seeds."""
-    before, after = arms
-    figure, draws = after.mean - before.mean, after.draws.mean(0) - before.draws.mean(0)
-    s, degrees = spread(arms)
-    error = s * math.sqrt(1 / len(before.values) + 1 / len(after.values))
-    noisy = with_noise(figure, draws, before.image_noise + after.image_noise, error, degrees)
-    dots = tuple(arm.values - before.mean for arm in arms)
-    return Estimate(figure, noisy, *(control or ("deviation between seeds", s)), dots=dots, unit=unit)
-
-
-def confident_errors_fall(recipes):
-    """They fall by construction if smoothing is new and its highest target, 1 - a + a / 100, is below 0.905."""
-    before, a = (arm[0].config["args"].get("smoothing") or 0 for arm in recipes.arms)
+def construction_remark(row, *recipes):
+    """Confident errors fall by construction if smoothing is new and its highest target is below 0.905."""
+    before, a = (recipe[0].config["args"].get("smoothing") or 0 for recipe in recipes)
     target = 1 - a + a / NUM_CLASSES
-    control = (f"highest target under smoothing {a:g}", target) if before < a and target < CONFIDENT + 0.005 else ()
-    return change(recipes.metric("confident_errors"), control)
+    follows = before < a and target < CONFIDENT + 0.005
+    return f"by construction: smoothing {a:g} has no target above {target:.3f}" if follows else ""
 
 
-def errors_at_equal_coverage(recipes):
-    """Error rate among equally many most confident images: as many as the baselines have above 0.90."""
-    count = round(np.mean([(run.raw.confidence > CONFIDENT).sum() for run in recipes.baselines]))
-    if count < 50:
-        return Estimate(note=f"the baselines have {count} images above {CONFIDENT}; 50 are needed")
-
-    def error_rate(run):
-        order = np.argsort(-run.raw.confidence, kind="stable")
-        wrong = ~run.raw.correct[order]
-        draws = [np.repeat(wrong, drawn)[:count].mean() for drawn in recipes.weights.take(order, 1)]
-        return wrong[:count].mean(), np.array(draws)
-
-    return change(recipes.quantity(error_rate))
+def scaled_gap_remark(row, *recipes):
+    gaps = [np.mean([run.values["signed_gap_scaled"] for run in recipe]) for recipe in recipes]
+    before, after = (f"{100 * gap:+.1f}" for gap in gaps)
+    return f"after temperature scaling confidence - accuracy is {before} and {after} points"
 
 
-def confidence_on_failures(recipes, kind):
-    """Change of confidence ("raw" or "scaled") on the confident failures of baselines of other seeds.
-
-    Confident failures of one run regress to the mean in any other. So on the failures of each baseline, a set
-    of images, only runs of other seeds are compared; then the differences are averaged over the sets.
-    """
-    runs, split = recipes.baselines + recipes.changed, len(recipes.baselines)
-    sets, drops = [], []
-    for k, picker in enumerate(recipes.baselines):
-        picked = picker.raw.failures
-        others = np.array([run.seed != picker.seed for run in runs])
-        if picked.sum() < 10 or not others[:split].any() or not others[split:].any():
-            continue
-        arms = recipes.mean(lambda run: getattr(run, kind).confidence[picked], recipes.weights[:, picked])
-        of_runs = np.concatenate([np.column_stack([arm.values, arm.draws]) for arm in arms])  # (runs, 1 + RESAMPLES)
-        sets.append(np.where(others[:, None], of_runs, np.nan))
-        drops.append(np.nanmean(sets[-1][:split, 0]) - of_runs[k, 0])
-    if not sets:
-        return Estimate(note="needs baselines of two seeds with 10 confident failures each, and runs of other seeds")
-
-    def difference_and_deviations(table):
-        """Of (sets, runs, n): the change (n,), and how far each run lies from the others of its recipe (runs, n)."""
-        before, after = table[:, :split].mean(1), table[:, split:].mean(1)
-        of_runs = (table - (before + after)[:, None] / 2).mean(0)  # without what a set has in common
-        parts = of_runs[:split], of_runs[split:]
-        return (after - before).mean(0).filled(np.nan), np.ma.concatenate([part - part.mean(0) for part in parts])
-
-    table = np.ma.masked_invalid(sets)  # (sets, runs, 1 + RESAMPLES); masked: the run has the set's own seed
-    difference, deviations = difference_and_deviations(table)
-    figure, used = difference[0], ~np.ma.getmaskarray(deviations)[:, 0]
-    dots = deviations[:split, 0].compressed(), figure + deviations[split:, 0].compressed()
-    about = {"control": "what another baseline seed does", "control_value": np.mean(drops), "dots": dots}
-    if min(used[:split].sum(), used[split:].sum()) < 2:
-        note = "needs two runs of each recipe on failures of other seeds"
-        return Estimate(figure, with_noise(figure, difference[1:], 0.0, 0.0, 0), note=note, **about)
-    # A run is compared with others in several sets, so its effect enters many deviations. How much, a unit effect
-    # of each run shows. With the same two seeds in both recipes, this is the t-test of two paired differences.
-    weights, mixing = difference_and_deviations(0 * table[..., :1] + np.eye(len(runs)))
-    products = mixing.filled(0).T @ mixing.filled(0)
-    share = (weights**2).sum() / products.trace()  # variance of the change per sum of squared deviations
-    error = math.sqrt(share * (deviations[:, 0] ** 2).sum())
-    degrees = products.trace() ** 2 / (products**2).sum()  # Satterthwaite
-    image_noise = share * deviations[:, 1:].var(1).sum()
-    return Estimate(figure, with_noise(figure, difference[1:], image_noise, error, degrees), **about)
+def superclass_remark(row, runs):
+    return f"by chance {100 * np.mean([chance_within_superclass(run.confusion) for run in runs]):.1f} %"
 
 
-def calibration_improves(recipes):
-    """Change of a recipe's |mean confidence - accuracy|: of the mean over runs, since per run it is mostly noise."""
-    arms = recipes.metric("signed_gap")
-    (before, before_draws), (after, after_draws) = (level(arm, arms, seed) for seed, arm in enumerate(arms))
-    draws = np.abs(after_draws) - np.abs(before_draws)
-    dots = tuple(np.abs(arm.values) - abs(before) for arm in arms)
-    return Estimate(abs(after) - abs(before), draws, "deviation between seeds", spread(arms)[0], dots=dots)
+def small_animals_remark(row, runs):
+    worst = [np.argsort(np.diag(run.confusion), kind="stable")[:10] for run in runs]  # equally many images a class
+    return f"{SMALL[worst].sum(1).mean():.1f} of the ten worst classes, by chance {len(SMALL_ANIMALS) / 10:g}"
 
 
-def errors_stay_in_superclass(recipes):
-    arms = recipes.metric("errors_within_superclass")
-    chance = np.mean([chance_within_superclass(run.confusion) for run in recipes.baselines])
-    return one_recipe(arms, f"chance; the figure is {arms[0].mean / chance:.1f} times that", chance, chance)
-
-
-def small_animals_are_worst(recipes):
-    """Mean accuracy of the 15 classes of small animals minus that of the 85 others."""
-    labels = recipes.baselines[0].labels
-    small = np.isin(labels, SMALL_ANIMALS)
-    signed = np.where(small, 1 / small.mean(), -1 / (~small).mean())
-    arms = recipes.mean(lambda run: run.raw.correct * signed)
-    worst = [np.argsort(np.diag(run.confusion), kind="stable")[:10] for run in recipes.baselines]  # equally many images
-    control = f"of the ten worst classes; {len(SMALL_ANIMALS) / 10:g} by chance"
-    return one_recipe(arms, control, np.isin(worst, SMALL_ANIMALS).sum(1).mean(), control_is_count=True)
-
-
-def attention_on_border(recipes):
-    """From gradcam.py's attention.csv: failures and correct predictions, in pairs of equal confidence and class."""
-    pairs, shares = [], []
-    for run in recipes.baselines:
-        failures, matched = read_attention(run)
-        if len(failures) < 20:
-            continue
-        border = [np.array([row["border_drop"] > row["centre_drop"] for row in rows]) for rows in (failures, matched)]
-        shares.append([part.mean() for part in border])
-        difference = border[0].astype(float) - border[1]
-        drawn = weighted_mean(difference, recipes.weights[:, [row["index"] for row in failures]])
-        pairs.append((difference.mean(), drawn))
-    if not pairs:
-        return Estimate(note="needs 20 confident failures that went through failures.py and gradcam.py")
-    of_failures, of_matched = np.mean(shares, 0)
-    control = f"of matched correct predictions; {100 * of_failures:.1f} of failures"
-    few = "attention of one baseline alone" if len(pairs) == 1 else ""
-    return one_recipe([Arm(pairs)], control, of_matched, note=few)
-
-
-def worse_after_peak(runs, column):
-    """How much validation accuracy or loss ("val_acc" or "val_loss") worsens from its best epoch to the last.
-
-    The best epoch is that of the *other* runs' mean curve, within its first three quarters: a run's own best
-    epoch is partly noise, and always looks better than its last.
-    """
-    sign, unit = (1, 100) if column == "val_acc" else (-1, 1)
-    curves = {run: sign * curve for run in runs if len(curve := read_curve(run, column))}
-    found = []  # (epoch of the peak, what is lost after it)
-    for run, curve in curves.items() if len(curves) > 1 else ():
-        others = np.mean([*zip(*(curves[other] for other in curves if other is not run))], 1)  # as long as the shortest
-        peak = int(others[: math.ceil(0.75 * len(others))].argmax())
-        if peak < len(curve):
-            found.append((peak + 1, curve[peak] - curve[-1]))
-        else:
-            warn(f"{run.folder} stopped in epoch {len(curve)}, before {peak + 1}: left out of the row on {column}")
-    if len(found) < 2:
-        return Estimate(note="needs the log.csv of two runs of the recipe")
-    epochs, values = zip(*found)
-    arm = Arm([(value, np.zeros(RESAMPLES)) for value in values])  # no test images, no choice of them
-    return one_recipe([arm], "epoch of the peak", np.mean(epochs), unit=unit, control_is_count=True)
-
-
-def accurate_under(recipes, kind, strength=None):
-    """Change of the accuracy under "corruption", the mean over all of them, or under "pgd" of a strength.
-
-    Control: the change on the same images, clean; under attack, the accuracy of the changed runs on images made
-    against the baselines, a weaker attack.
-    """
-    before, after = [run.stress for run in recipes.baselines], [run.stress for run in recipes.changed]
-    if None in before + after:
-        return Estimate(note="needs evaluate.py --stress on all runs, with the same images")
-    if any(np.isnan(stress.correct(kind, strength)).any() for stress in before + after):
-        return Estimate(note="--stress was interrupted; run the same command to continue")
-    # Not by class: with 10 images of each, resamples within the classes would vary too little.
-    weights = resample(np.zeros_like(before[0].labels), seed=1)
-    arms = recipes.mean(lambda run: run.stress.correct(kind, strength), weights)
-    if kind == "corruption":
-        clean = [np.mean([stress.accuracy("clean") for stress in arm]) for arm in (before, after)]
-        return change(arms, ("change on clean images", clean[1] - clean[0]))
-    made_against_them = {stress.surrogate for stress in after} <= {stress.checkpoint for stress in before}
-    transferred = np.mean([stress.accuracy("transfer", strength) for stress in after]) if made_against_them else None
-    return change(arms, ("accuracy on the baseline's images", transferred))
-
-
-@dataclass
-class Claim:
-    text: str
-    side: str  # what is claimed of figure - reference: "above" or "below" 0, or "within" MARGIN of 0
-    statistic: Callable  # of Recipes; returns an Estimate
-    arms: tuple = (0, 1)  # which it needs: 0 the baselines, 1 the changed runs
-
-
-# What the study says in words, and one thing that it does not (AUROC). The list and the margin were fixed after
-# six-epoch runs and before the 40-epoch ones.
-CLAIMS = [
-    Claim("accuracy stays within 1 point", "within", lambda s: change(s.metric("accuracy"))),
-    Claim("fewer confident errors (> 0.90)", "below", confident_errors_fall),
-    Claim("fewer errors at equal coverage", "below", errors_at_equal_coverage),
-    Claim("earlier failures less confident", "below", lambda s: confidence_on_failures(s, "raw")),
-    Claim("the same, temperature-scaled", "below", lambda s: confidence_on_failures(s, "scaled")),
-    # signed: an absolute value would have a floor and a bias
-    Claim("over-confidence falls", "below", lambda s: change(s.metric("signed_gap"), ("no change", 0.0))),
-    Claim("calibration improves (gap)", "below", calibration_improves),
-    # scaled: beyond what one temperature can mend
-    Claim("generalizes better (NLL, scaled)", "below", lambda s: change(s.mean(lambda run: run.scaled.nll), unit=1)),
-    Claim("ranks its errors better (AUROC)", "above", lambda s: change(s.metric("auroc_failure"))),
-    Claim("more accurate under corruption", "above", lambda s: accurate_under(s, "corruption")),
-    Claim("more accurate under PGD at 1/255", "above", lambda s: accurate_under(s, "pgd", 1)),
-    Claim("errors stay inside superclasses", "above", errors_stay_in_superclass, (0,)),
-    Claim("small animals do worst", "below", small_animals_are_worst, (0,)),
-    Claim("failures rely more on the border", "above", attention_on_border, (0,)),
-    Claim("accuracy peaks early (baseline)", "above", lambda s: worse_after_peak(s.baselines, "val_acc"), (0,)),
-    Claim("accuracy peaks early (changed)", "above", lambda s: worse_after_peak(s.changed, "val_acc"), (1,)),
-    Claim("loss rises again (baseline)", "above", lambda s: worse_after_peak(s.baselines, "val_loss"), (0,)),
-    Claim("loss rises again (changed)", "above", lambda s: worse_after_peak(s.changed, "val_loss"), (1,)),
-]
-REAL_CLASSES = {errors_stay_in_superclass, small_animals_are_worst}  # make no sense on synthetic images
-
-
-def decide(ends, side):
-    """The verdict on an interval of figure - reference: inside the claimed range, outside of it, or neither."""
-    bottom, top = {"below": (-math.inf, 0), "above": (0, math.inf), "within": (-MARGIN, MARGIN)}[side]
-    low, high = ends
-    if bottom < low and high < top:
-        return "supported"
-    return "contradicted" if high < bottom or low > top else "not decided"
-
-
-def judge(recipes, synthetic=False):
-    """[(Claim, Estimate, ends, word)]: of every claim; ends: [low, high] of the figure, or None."""
-    rows = []
-    for claim in CLAIMS:
-        arms = [(recipes.baselines, recipes.changed)[k] for k in claim.arms]
-        if not all(arms) or (synthetic and claim.statistic in REAL_CLASSES):
-            continue
-        estimate = claim.statistic(recipes)
-        ends = interval(estimate.draws)
-        if ends is None:
-            estimate.figure = None
-            estimate.note = estimate.note or "undefined: some resample has no image that the claim is about"
-        elif min(map(len, arms)) < 2:
-            estimate.note = "one run of a recipe: its seed may be the reason; train it with other seeds"
-        word = "not decided" if estimate.note else decide([end - estimate.reference for end in ends], claim.side)
-        rows.append((claim, estimate, ends, word))
-    return rows
-
-
-def read_curve(run, column):
-    """A column of the run's log.csv, (epochs,) float64; empty without one."""
-    path, columns = run.folder / "log.csv", {"epoch": int, column: float}
-    rows = utils.read_csv(path, "python train.py --resume", "the log of a run", columns) if path.exists() else []
-    if not rows:
-        warn(f"no epoch in {path}: the run is left out of the row on {column}")
-    return np.array([row[column] for row in rows])
-
-
-def read_attention(run):
-    """(failures, matched): rows of gradcam.py's attention.csv on confident failures, in pairs; ([], []) without it."""
-    path, made_by = run.folder / "attention.csv", f"python gradcam.py {utils.quote(run.folder)}"
-    if not path.exists():
-        return [], []
-    columns = {"pair": int, "index": int, "group": str, "checkpoint": str, "border_drop": float, "centre_drop": float}
-    rows = utils.read_csv(path, made_by, "attention figures", columns)
-    found = {group: {row["pair"]: row for row in rows if row["group"] == group} for group in ("failure", "matched")}
-    clear = run.raw.confidence > CONFIDENT + 0.001  # a published run's float16 may cross the threshold
-    wanted = set(np.flatnonzero(run.raw.failures & clear))
-    again = f"python failures.py {utils.quote(run.folder)}, then {made_by}"
-    if {row["checkpoint"] for row in rows} - {utils.checkpoint_id(run.folder) or ""}:
-        warn(f"{path} belongs to another best.pt and is left out; run {again}")
-    elif not wanted <= {row["index"] for row in found["failure"].values()}:
-        warn(f"{path} does not have all failures above {CONFIDENT} and is left out; run {again}")
-    else:
-        pairs = [k for k, row in found["failure"].items() if k in found["matched"] and row["index"] in wanted]
-        return tuple([found[group][k] for k in pairs] for group in ("failure", "matched"))
-    return [], []
+def border_remark(row, runs):
+    measured = sum(read_attention(run)[1].sum() for run in runs)
+    return f"{measured:,} of {sum(run.raw.failures.sum() for run in runs):,} failures measured"
 
 
 # ---- stress ---------------------------------------------------------------------------------------------
 
 GROUPS = {"noise": CORRUPTIONS[:3], "blur": CORRUPTIONS[3:6], "weather": CORRUPTIONS[6:8], "digital": CORRUPTIONS[8:]}
-EPSILONS = (0.25, 1, 2, 8)  # bounds of the attacks: largest change of a pixel, in 1/255
-CONDITIONS = (  # (kind, name, strength), the rows of stress.csv and of the arrays
+EPSILONS = (0.25, 1, 2, 8)  # bounds of the attack: largest change of a pixel, in 1/255
+CONDITIONS = (  # (kind, name, strength): the rows of stress.csv and of the two arrays
     [("clean", "", 0)]
     + [("corruption", name, severity) for name in CORRUPTIONS for severity in range(1, 6)]
-    + [("shift", f"{dy} {dx}", 1) for dy in (-1, 0, 1) for dx in (-1, 0, 1) if (dy, dx) != (0, 0)]
-    + [(attack, "", epsilon) for attack in ("fgsm", "pgd", "transfer") for epsilon in EPSILONS]
+    + [("pgd", "", epsilon) for epsilon in EPSILONS]
 )
-COST = {"fgsm": 3, "pgd": 21, "transfer": 21}  # in forward passes; the others: 1
+KINDS, NAMES, STRENGTHS = map(np.array, zip(*CONDITIONS))  # (65,) each
 
 
-@dataclass(eq=False)
+@dataclass
 class Stress:
-    """Predictions of a run on N of the test images under every condition; NaN confidence: not measured."""
+    """What a run makes of n of the test images under every condition."""
 
-    labels: np.ndarray  # (N,)
-    preds: np.ndarray  # (conditions, N) uint8
-    confidence: np.ndarray  # (conditions, N) float32
-    source: str  # of the corrupted images
-    checkpoint: str  # SHA-256 of the best.pt that was measured
-    surrogate: str = ""  # of the best.pt that the images of the transfer conditions were made against
-
-    def __post_init__(self):
-        self.images = len(self.labels), self.source  # what runs must have in common to be compared
-
-    def rows(self, kind, strength=None, name=None):
-        """Indices of the conditions of a kind, of all strengths and names if none is given."""
-        found = enumerate(CONDITIONS)
-        return [k for k, c in found if c[0] == kind and name in (None, c[1]) and strength in (None, c[2])]
-
-    def share(self, rows, hits):
-        """(N,): the share of these conditions in which hits (conditions, N) is true; NaN if one is not measured."""
-        return np.where(np.isnan(self.confidence[rows]), np.nan, hits[rows]).mean(0)
-
-    def correct(self, kind, strength=None, name=None):
-        """(N,): share of these conditions under which an image is classified correctly."""
-        return self.share(self.rows(kind, strength, name), self.preds == self.labels)
-
-    def accuracy(self, kind, strength=None, name=None):
-        return float(self.correct(kind, strength, name).mean())
-
-    def mean_confidence(self, kind, strength=None):
-        return float(self.confidence[self.rows(kind, strength)].mean())
-
-
-def attack(model, images, labels, epsilon, steps, autocast):
-    """Adversarial images (B, 32, 32, 3) float32 in 0..255, within epsilon of the clean ones in every pixel.
-
-    steps = 1: FGSM, one step of epsilon (Goodfellow et al., arXiv:1412.6572). More: PGD from a random start
-    in steps of 2.5 epsilon / steps (Madry et al., arXiv:1706.06083). Both climb the margin max_{k != y} z_k -
-    z_y: the cross-entropy's gradient vanishes where the softmax saturates.
-    """
-    clean = images.float()
-    x, step = clean, epsilon
-    if steps > 1:
-        start = torch.rand(clean.shape, generator=torch.Generator().manual_seed(0)).to(clean.device)
-        x, step = clean + epsilon * (2 * start - 1), 2.5 * epsilon / steps
-    true = F.one_hot(labels, NUM_CLASSES).bool()
-    for _ in range(steps):
-        x = x.clamp(0, 255).requires_grad_()
-        with torch.enable_grad(), autocast():
-            logits = model(normalize(x)).float()
-            margin = (logits.masked_fill(true, -torch.inf).amax(1) - logits[true]).sum()
-        (gradient,) = torch.autograd.grad(margin, x)
-        x = x.detach() + step * gradient.sign()
-        x = torch.minimum(torch.maximum(x, clean - epsilon), clean + epsilon)
-    return x.clamp(0, 255)
+    correct: np.ndarray  # (65, n) bool
+    confidence: np.ndarray  # (65, n) float32
 
 
 def first_of_each_class(labels, count):
@@ -711,230 +549,335 @@ def first_of_each_class(labels, count):
     return np.sort(by_class[:, : count // NUM_CLASSES].ravel())
 
 
-def read_cifar_c(folder, name, severity, index, shape=(32, 32, 3)):
-    """Test images of these indices in the authors' CIFAR-100-C: 5 severities of 10,000, one after the other."""
-    path, shape = Path(folder).expanduser() / f"{name}.npy", (50_000, *shape)
-    made_by = "the download of CIFAR-100-C (zenodo.org/records/3555552)"
-    array = utils.read_npy(path, made_by, "a file of CIFAR-100-C", shape, "iu")
-    return torch.from_numpy(array[(severity - 1) * 10_000 + index])
+def stress_of(run, images, labels, device):
+    """The Stress of a run, measured under every condition, and saved at the end.
 
-
-class StressTest:
-    """Measures the runs of one call under every condition: the images, the networks, the options."""
-
-    def __init__(self, args, runs, baselines, device):
-        dataset, data_dir = utils.dataset_of(runs[0].folder, runs[0].config, args)
-        images, labels = load_dataset(dataset, data_dir, train=False)
-        if not np.array_equal(labels.numpy(), runs[0].labels):
-            raise ScriptError(f"the runs were scored on other images than those in {data_dir}; set --data-dir")
-        self.index = first_of_each_class(runs[0].labels, args.stress_images)
-        self.images, self.labels = images[self.index], labels[self.index]
-        self.cifar_c, self.source = args.cifar_c, "CIFAR-100-C" if args.cifar_c else "CIFAR-100-C style"
-        if args.cifar_c:
-            found = read_cifar_c(args.cifar_c, "labels", 1, self.index, shape=())
-            if not np.array_equal(found, self.labels):
-                raise ScriptError(f"{args.cifar_c}: labels.npy has other labels than the test set; set --cifar-c")
-        for run in runs:
-            if run.stress and run.stress.images != (len(self.index), self.source):
-                found = f"{run.folder} has stress results on {run.stress.images[0]} images, {run.stress.source}"
-                raise ScriptError(f"{found}; give the same --stress-images and --cifar-c, or --refresh")
-        self.baselines, self.device = baselines, device
-        dtype, _ = utils.select_precision("auto", device)
-        self.autocast = lambda: torch.autocast(device.type, dtype, enabled=dtype is not None)
-
-    def batches(self, kind, name, strength, attacked):
-        """The images of a condition, (B, 32, 32, 3) in 0..255 on the device, 250 at a time."""
-        images = self.images
-        if kind == "corruption" and self.cifar_c:
-            images = read_cifar_c(self.cifar_c, name, strength, self.index)
-        elif kind == "corruption":
-            images = corrupt(images, name, strength)
-        elif kind == "shift":
-            dy, dx = map(int, name.split())
-            padded = F.pad(images, (0, 0, 1, 1, 1, 1))  # black, as in the training's crops
-            images = padded[:, 1 + dy : 33 + dy, 1 + dx : 33 + dx]
-        for batch, labels in zip(images.split(250), self.labels.split(250)):
-            batch, labels = batch.to(self.device), labels.to(self.device)
-            if kind in ("fgsm", "pgd", "transfer"):
-                batch = attack(attacked, batch, labels, strength, 1 if kind == "fgsm" else 10, self.autocast)
-            yield batch
-
-    def measure(self, run):
-        """Measure what run.stress lacks, saving after every condition: an interrupted test goes on from there."""
-        if run.stress is None:
-            shape = (len(CONDITIONS), len(self.index))
-            blank = np.zeros(shape, np.uint8), np.full(shape, np.nan, np.float32)
-            run.stress = Stress(self.labels.numpy(), *blank, self.source, utils.checkpoint_id(run.folder))
-        stress, surrogate = run.stress, None  # whose images a changed run is shown in the transfer conditions
-        if run not in self.baselines:
-            same_seed = [base for base in self.baselines if base.seed == run.seed]
-            surrogate = (same_seed or self.baselines)[0].folder
-            if stress.surrogate != utils.checkpoint_id(surrogate):
-                stress.surrogate = utils.checkpoint_id(surrogate)
-                stress.confidence[stress.rows("transfer")] = np.nan
-        wanted = [k for k, (kind, _, _) in enumerate(CONDITIONS) if surrogate or kind != "transfer"]
-        todo = [k for k in wanted if np.isnan(stress.confidence[k, 0])]
-        if not todo:  # as with a published run, whose best.pt is elsewhere
-            return
-        model = utils.load_model(run.folder, self.device).requires_grad_(False)
-        other = utils.load_model(surrogate, self.device).requires_grad_(False) if surrogate else None
-        if np.isnan(stress.confidence).all():  # the arrays come first: no old stress.csv may describe them
-            (run.folder / "stress.csv").unlink(missing_ok=True)
-        for k in utils.track(todo, f"{run.name}: condition", [COST.get(CONDITIONS[k][0], 1) for k in todo]):
-            batches = self.batches(*CONDITIONS[k], other if CONDITIONS[k][0] == "transfer" else model)
-            with self.autocast():
-                probs = utils.predict(model, map(normalize, batches)).softmax(1)
-            confidence, preds = probs.max(1)
-            stress.confidence[k], stress.preds[k] = confidence.cpu().numpy(), preds.cpu().numpy()
-            write_stress(run)
-
-
-def write_stress(run):
-    """stress_preds.npy, stress_confidence.npy, and last stress.csv, which says what these arrays are."""
-    stress, rows = run.stress, []
+    images (n, 32, 32, 3) uint8 and labels (n,): first_of_each_class of the test set.
+    """
+    model, checkpoint = utils.load_best(run.folder, device)
+    model.requires_grad_(False)
+    dtype, _ = utils.select_precision("auto", device)
+    autocast = functools.partial(torch.autocast, device.type, dtype, enabled=dtype is not None)
+    preds, confidence = [], []
+    for kind, name, strength in utils.track(CONDITIONS, f"{run.name}: condition"):
+        shown = corrupt(images, name, strength) if kind == "corruption" else images
+        batches = []
+        for batch, true in zip(shown.split(250), labels.split(250)):
+            batch = batch.to(device)
+            if kind == "pgd":
+                batch = attack(model, batch, true.to(device), strength, autocast=autocast)
+            batches.append(normalize(batch))
+        with autocast():
+            probs = utils.predict(model, batches).softmax(1)
+        preds.append(probs.argmax(1).cpu().numpy().astype(np.uint8))
+        confidence.append(probs.amax(1).cpu().numpy())
+    preds, confidence = np.array(preds), np.array(confidence)
+    correct, rows = preds == labels.numpy(), []
     for k, (kind, name, strength) in enumerate(CONDITIONS):
-        row = {"kind": kind, "name": name, "strength": strength}  # NaN, what is not measured, becomes an empty cell
-        row |= {"accuracy": stress.accuracy(kind, strength, name), "mean_confidence": stress.confidence[k].mean()}
-        row |= {"images": len(stress.labels), "source": stress.source, "checkpoint": stress.checkpoint}
-        rows.append(row | {"surrogate": stress.surrogate if kind == "transfer" else ""})
-    utils.write_npy(run.folder / "stress_preds.npy", stress.preds)
-    utils.write_npy(run.folder / "stress_confidence.npy", stress.confidence)
+        row = {"kind": kind, "name": name, "strength": strength, "accuracy": correct[k].mean()}
+        row |= {"mean_confidence": confidence[k].mean(), "images": len(labels), "checkpoint": checkpoint["sha256"]}
+        rows.append(row)
+    utils.write_npy(run.folder / "stress_preds.npy", preds)
+    utils.write_npy(run.folder / "stress_confidence.npy", confidence)
     utils.write_csv(run.folder / "stress.csv", rows)
+    return Stress(correct, confidence)
 
 
 def read_stress(run):
     """The Stress that was saved for this best.pt, or None."""
-    path, made_by = run.folder / "stress.csv", f"python evaluate.py {utils.quote(run.folder)} --stress --refresh"
+    path, made_by = run.folder / "stress.csv", f"python evaluate.py {utils.quote(run.folder)} --stress"
     if not path.exists():
         return None
-    kinds = {"images": int, "source": str, "checkpoint": str, "surrogate": str}
-    rows = utils.read_csv(path, made_by, "stress results", kinds)
-    if not rows or rows[0]["checkpoint"] != (utils.checkpoint_id(run.folder) or ""):
-        warn(f"{path} belongs to another best.pt and is left out; run {made_by}")
+    try:
+        columns = {"images": int, "accuracy": float, "checkpoint": str}
+        rows = utils.read_csv(path, made_by, "stress results", columns)
+        with utils.reading(path, made_by, "stress results"):
+            utils.require(len(rows) == len(CONDITIONS), f"{len(rows)} conditions instead of {len(CONDITIONS)}")
+            utils.require(rows[0]["checkpoint"] == utils.checkpoint_id(run.folder), "of another best.pt")
+            utils.require(rows[0]["images"] in range(100, 10_001, 100), "a strange number of images")
+        labels = run.labels[first_of_each_class(run.labels, rows[0]["images"])]
+        shape = (len(CONDITIONS), len(labels))
+        preds = utils.read_npy(run.folder / "stress_preds.npy", made_by, "stress results", shape, "u")
+        confidence = utils.read_npy(run.folder / "stress_confidence.npy", made_by, "stress results", shape, "f")
+        correct = preds == labels
+        with utils.reading(path, made_by, "stress results"):
+            same = np.allclose([row["accuracy"] for row in rows], correct.mean(1), atol=1e-5)
+            utils.require(same, "it does not fit stress_preds.npy")
+    except ScriptError as error:
+        warn(f"{error}; left out")
         return None
-    labels = run.labels[first_of_each_class(run.labels, rows[0]["images"])]
-    shape = (len(CONDITIONS), len(labels))
-    preds = utils.read_npy(run.folder / "stress_preds.npy", made_by, "stress results", shape, "u")
-    confidence = utils.read_npy(run.folder / "stress_confidence.npy", made_by, "stress results", shape, "f")
-    about = rows[0]["source"], rows[0]["checkpoint"], rows[-1]["surrogate"]  # the last condition is a transfer
-    return Stress(labels, preds, confidence, *about)
+    return Stress(correct, confidence)
+
+
+def measure_stress(runs, args, device):
+    """Measure the runs that have no stress results yet."""
+    for run in runs:
+        if run.stress and run.stress.correct.shape[1] != args.stress_images:
+            found = f"{run.folder} has stress results on {run.stress.correct.shape[1]} images"
+            raise ScriptError(f"{found}; give the same --stress-images, or delete its stress.csv")
+    for run in runs:
+        if run.stress:
+            continue
+        images, labels = load_dataset(*utils.dataset_of(run.config, args), train=False)
+        if not np.array_equal(labels.numpy(), run.labels):
+            raise ScriptError(f"{run.folder} was scored on other images than those here; set --data-dir")
+        index = first_of_each_class(run.labels, args.stress_images)
+        run.stress = stress_of(run, images[index], labels[index], device)
 
 
 # ---- tables ---------------------------------------------------------------------------------------------
 
 
-def print_table(header, rows, markdown=False):
+def print_table(header, rows):
     """Rows of text under a header. The first column names the row, on a line of its own where there is no room."""
-    if markdown:
-        for cells in [header, ["---"] * len(header), *rows]:
-            print("| " + " | ".join(cells) + " |")
-        return
     widths = [max(len(cells[k]) for cells in [header, *rows]) for k in range(len(header))]
     widths[0] = min(widths[0], max(0, 79 - sum(widths[1:]) - len(widths)))
     for cells in [header, *rows]:
         if len(cells[0]) > widths[0]:
             print(cells[0])
             cells = ["", *cells[1:]]
-        print(f"{cells[0]:<{widths[0]}} " + " ".join(f"{text:>{w}}" for text, w in zip(cells[1:], widths[1:])))
+        print(f"{cells[0]:<{widths[0]}} {' '.join(f'{text:>{w}}' for text, w in zip(cells[1:], widths[1:]))}".rstrip())
 
 
-def cell(value, unit=100, digits=2):
-    """A fraction as points, [low, high] as an interval, or a dash where there is nothing."""
+def markdown(header, rows):
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(str(text).replace("|", "\\|") for text in cells) + " |" for cells in lines)
+
+
+def cell(value, digits=2, unit=100):
+    """A fraction in percent, [low, high] as an interval, or a dash where there is nothing."""
     if isinstance(value, list):
-        return f"[{', '.join(cell(end, unit, digits) for end in value)}]"
+        return f"[{', '.join(cell(end, digits, unit) for end in value)}]"
     return "-" if value is None or math.isnan(value) else f"{unit * value + 0.0:.{digits}f}"
 
 
-CLASSIFICATION = {"precision": "macro_precision", "recall": "macro_recall", "F1": "macro_f1", "top-5": "top5_accuracy",
-                  "super": "superclass_accuracy", "conf.err": "confident_errors"}  # fmt: skip
-CALIBRATION = {"NLL": "nll", "Brier": "brier", "gap": "signed_gap", "ECE": "ece", "floor": "ece_null",
-               "AURC": "aurc", "AUROC": "auroc_failure"}  # fmt: skip
+def figure_cell(claim, row):
+    """-0.87 [-1.65, -0.09] points."""
+    style = (3, 1) if claim.unit == "nats" else (2, 100)
+    interval = f" {cell(row['ci95'], *style)}" if row["ci95"] else ""
+    return f"{cell(row['figure'], *style)}{interval} {claim.unit}" if row["figure"] is not None else "-"
 
 
-def print_scores(named, published, markdown):
-    """named: [(name, values, interval of the accuracy or None)] of runs, means over seeds and ensembles."""
-    table = []
-    shown = [("published (smoothing 0.1)", PUBLISHED, None), *named] if published else named
-    for name, values, ends in shown:
-        accuracy = cell(values["accuracy"]) + (f" {cell(ends, digits=1)}" if ends else "")
-        table.append([name, accuracy] + [cell(values.get(key)) for key in CLASSIFICATION.values()])
-    print_table(["in %", "accuracy [95 %]", *CLASSIFICATION], table, markdown)
-    print()
-    table = []
-    for name, values, _ in named:
-        t = values.get("temperature")
-        for label, suffix in ((name, ""), (f"  T = {t:.3f}" if t else "    scaled", "_scaled")):
-            found = {key: values[key + suffix] for key in CALIBRATION.values()}
-            cells = [cell(v, 1, 3) if key in ("nll", "brier") else cell(v) for key, v in found.items()]
-            table.append([label, *cells])
-    print_table(["in %, NLL in nats", *CALIBRATION], table, markdown)
+BRIEF = {"no dup.": "accuracy_without_duplicates", "F1": "macro_f1", "top-5": "top5_accuracy",
+         "conf.err": "confident_errors", "ECE": "ece", "T": "temperature"}  # fmt: skip
+CLASSIFICATION = {"no dup.": "accuracy_without_duplicates", "precision": "macro_precision", "recall": "macro_recall",
+                  "F1": "macro_f1", "top-5": "top5_accuracy", "superclass": "superclass_accuracy",
+                  "confident errors": "confident_errors"}  # fmt: skip
+CALIBRATION = {"NLL": "nll", "Brier": "brier", "gap": "signed_gap", "ECE": "ece", "AUROC": "auroc_failure",
+               "T": "temperature", "NLL/T": "nll_scaled", "gap/T": "signed_gap_scaled", "ECE/T": "ece_scaled",
+               "AUROC/T": "auroc_failure_scaled"}  # fmt: skip
 
 
-LEGEND = """\
-precision, recall, F1: macro. super: right superclass. conf.err: wrong with a
-confidence above 0.90, of all images. gap: mean confidence - accuracy. floor:
-ECE of a perfectly calibrated model. AURC: mean error rate over all coverages.
-AUROC: a right image is more confident than a wrong one. T: the same with
-logits / T, where T fits the validation images."""
+def score_rows(arms, columns):
+    """A row of text for each run; of several runs of a recipe also their mean and deviation."""
+    named = []
+    for arm in arms:
+        named += [(run.name, run.values, f" {cell(accuracy_interval(run.raw), 1)}") for run in arm]
+        if len(arm) > 1:
+            of_runs = {key: [run.values[key] for run in arm] for key in arm[0].values}
+            named.append((f"  mean of {len(arm)}", {key: np.mean(found) for key, found in of_runs.items()}, ""))
+            named.append(("  deviation", {key: np.std(found, ddof=1) for key, found in of_runs.items()}, ""))
+    rows = []
+    for name, values, interval in named:
+        plain_numbers = {"nll", "brier", "temperature", "nll_scaled"}
+        cells = [cell(values.get(key), *((3, 1) if key in plain_numbers else ())) for key in columns.values()]
+        rows.append([name, cell(values["accuracy"]) + interval, *cells])
+    return rows
 
 
-def print_details(run, names):
-    """The hardest and easiest classes of a run, and the pairs it confuses."""
-    cells = []
-    for row in sorted(per_class_rows(run, names), key=lambda row: row["accuracy"]):
-        ends = cell([row["low"], row["high"]], digits=0)
-        cells.append(f"{row['class']:<15} {cell(row['accuracy'], digits=0):>3} {ends}")
-    print(f"\n{'ten worst classes':<38} ten best, accuracy in % [95 %]")
-    for worst, best in zip(cells[:10], cells[:-11:-1]):
-        print(f"  {worst:<36} {best}")
-    pairs = [f"{names[i]}/{names[j]} {errors}" for i, j, errors in confused_pairs(run.confusion, 5)]
-    print(textwrap.fill("most confused: " + ", ".join(pairs), 79, subsequent_indent="  "))
+def accuracy_interval(scores):
+    low, high = utils.wilson_interval(scores.correct.sum(), len(scores.correct))
+    return [float(low), float(high)]
 
 
-def print_verdict(rows, markdown):
-    """The table of the claims, and why some are not decided."""
-    table, notes = [], {}
-    for claim, estimate, ends, word in rows:
-        style = (100, 2) if estimate.unit == 100 else (1, 3)
-        control = cell(estimate.control_value, *((1, 1) if estimate.control_is_count else style))
-        table.append([claim.text, cell(estimate.figure, *style), cell(ends, *style), control, word])
-        if estimate.note:
-            notes.setdefault(estimate.note, []).append(claim.text)
-    print_table(["claim", "figure", "95 % interval", "control", "verdict"], table, markdown)
-    if any(estimate.control.startswith("highest target") for _, estimate, _, _ in rows):
-        print("fewer confident errors: by construction, no target is above the control")
-    for note, texts in notes.items():
-        which = f"{len(texts)} rows" if len(texts) > 2 else ", ".join(texts)
-        print(textwrap.fill(f"not decided ({which}): {note}", 79, subsequent_indent="  "))
+def print_scores(runs, arms):
+    alone = [[run] for run in runs if not any(run in arm for arm in arms)]
+    print(f"{len(runs[0].labels):,} test images of {TITLES[runs[0].config['dataset']]}")
+    print_table(["in %", "accuracy [95 %]", *BRIEF], score_rows(arms + alone, BRIEF))
+    print("no dup.: without 891 images that have a near-duplicate in training. F1: macro.")
+    print("conf.err: wrong with a confidence above 0.90, of all images. ECE: calibration")
+    print("error. T: temperature of the validation images; above 1 if over-confident.")
 
 
-def print_stress(runs, markdown):
-    first = runs[0].stress
-    print(f"\nstress, in %: {len(first.labels):,} test images, {len(CORRUPTIONS)} corruptions, {first.source}")
-    table = []
-    for run in runs:
-        s = run.stress
-        groups = [np.mean([s.accuracy("corruption", name=name) for name in names]) for names in GROUPS.values()]
-        found = [of(kind) for kind in ("clean", "corruption") for of in (s.accuracy, s.mean_confidence)]
-        shifted = s.share(s.rows("shift"), s.preds != s.preds[0]).mean()  # how often a shift changes the prediction
-        table.append([run.name] + [cell(value, digits=1) for value in [*found, *groups, shifted]])
-    print_table(["", "clean", "conf", "corrupt", "conf", *GROUPS, "shift"], table, markdown)
-    print()
-    shown = [("fgsm", 1), ("fgsm", 8)] + [(kind, e) for kind in ("pgd", "transfer") for e in EPSILONS]
-    shown = [(kind, e) for kind, e in shown if not all(math.isnan(run.stress.accuracy(kind, e)) for run in runs)]
-    heads = [f"{kind.replace('transfer', 'tr.')} {e:g}" for kind, e in shown]
-    table = [[run.name] + [cell(run.stress.accuracy(kind, e), digits=1) for kind, e in shown] for run in runs]
-    print_table(["accuracy at eps in 1/255", *heads], table, markdown)
+def print_verdict(study, rows):
+    """rows: [(claim, row)]. A comparison is one line; a claim about one recipe has a line for each recipe."""
+    print("\n" + textwrap.fill(study.heading, 79))
+    table, notes, last = [], {}, None
+    for claim, row in rows:
+        alone = claim in ABOUT_ONE
+        if alone and claim is not last:
+            table.append([claim.text, "", ""])
+        table.append([f"  {row['recipe']}" if alone else claim.text, figure_cell(claim, row), row["word"]])
+        which = f"{claim.text} ({row['recipe']})" if alone else claim.text
+        notes[row["note"]] = [*notes.get(row["note"], []), which]
+        last = claim
+    print_table(["claim", "figure [95 % interval]", "verdict"], table)
+    for note, which in notes.items():
+        where = which[0] if len(which) == 1 else f"{len(which)} rows"
+        if note:
+            print(textwrap.fill(f"{where}: {note}", 79, subsequent_indent="  "))
 
 
-# ---- files and pictures ---------------------------------------------------------------------------------
+# ---- pictures -------------------------------------------------------------------------------------------
+
+COLORS = (utils.BLUE, utils.VERMILION)  # of the baselines and of the changed runs
 
 
-def confused_pairs(confusion, count=20):
-    """The unordered pairs of classes most often taken for each other: [(i, j, errors)], most errors first."""
-    errors = np.triu(confusion + confusion.T, 1)
-    order = np.argsort(-errors, axis=None, kind="stable")[:count]
-    return [(i, j, int(errors[i, j])) for i, j in zip(*np.unravel_index(order, errors.shape)) if errors[i, j]]
+def title_of(run):
+    return f"{run.name}: {len(run.labels):,} test images of {TITLES[run.config['dataset']]}"
+
+
+def draw_confusion(run, names):
+    figure, axes = utils.new_figure(10, 9.4, title=f"{title_of(run)}: confusion matrix")
+    order = np.argsort(SUPERCLASS_OF, kind="stable")
+    shown = run.confusion[np.ix_(order, order)].astype(float)
+    shown[shown == 0] = np.nan
+    picture = axes.imshow(shown, cmap="viridis", norm="log", vmin=1, vmax=100)
+    real = names[0] == "apple"  # the synthetic set has no superclasses with names
+    families = [name.replace("_", " ") if real else f"group {k}" for k, name in enumerate(SUPERCLASSES)]
+    axes.set_xticks(np.arange(2, 100, 5), families, rotation=90, fontsize=9)
+    axes.set_yticks(np.arange(2, 100, 5), families, fontsize=9)
+    for edge in range(0, NUM_CLASSES, 5):  # a frame around the five classes of each superclass
+        left, right = edge - 0.5, edge + 4.5
+        axes.plot([left, right, right, left, left], [left, left, right, right, left], color="black", linewidth=0.8)
+    axes.set(xlabel="predicted class", ylabel="true class", title="by superclass; frames: errors inside a superclass")
+    ticks = [1, 2, 5, 10, 20, 50, 100]
+    figure.colorbar(picture, ax=axes, label="test images (logarithmic)", shrink=0.6, format="%d", ticks=ticks)
+    return figure
+
+
+def draw_per_class(run, names):
+    """The ten worst and the ten best classes; per_class.csv has all."""
+    rows = sorted(per_class_rows(run, names), key=lambda row: row["accuracy"])
+    rows = rows[:10] + rows[-10:]
+    figure, axes = utils.new_figure(10, 5.5, title=f"{title_of(run)}: the ten worst and the ten best classes")
+    accuracy, low, high = (100 * np.array([row[key] for row in rows]) for key in ("accuracy", "low", "high"))
+    places, errors = [*range(10), *range(11, 21)], [accuracy - low, high - accuracy]
+    axes.errorbar(accuracy, places, xerr=errors, fmt="o", color=utils.BLUE, ecolor=utils.GRAY, markersize=4)
+    axes.set_yticks(places, [row["class"] for row in rows], fontsize=9)
+    axes.set(xlabel="accuracy on the class's images (%), with 95 % interval", xlim=(0, 100), ylim=(-1, 21))
+    mean = 100 * run.values["accuracy"]
+    axes.axvline(mean, color=utils.VERMILION, linestyle="--", label=f"all 100 classes: {mean:.1f} %")
+    axes.grid(axis="x", alpha=0.3)
+    axes.legend(loc="lower right")
+    return figure
+
+
+def draw_reliability(run, names):
+    """Accuracy against confidence in 15 bins, above the images in each; as trained and temperature-scaled."""
+    options = {"sharex": True, "sharey": "row", "height_ratios": [3, 1]}
+    figure, axes = utils.new_figure(10, 6.5, 2, 2, f"{title_of(run)}: is confidence accuracy?", **options)
+    panels = (run.raw, "as trained"), (run.scaled, f"temperature {run.values['temperature']:.3f}")
+    centers = (np.arange(15) + 0.5) * 100 / 15
+    for (top, bottom), (scores, label) in zip(axes.T, panels):
+        bins = calibration_bins(scores.confidence)
+        count = np.bincount(bins, minlength=15)
+        accuracy = 100 * np.bincount(bins, scores.correct, 15) / np.maximum(count, 1)
+        top.bar(centers, accuracy, 100 / 15, color=utils.BLUE, edgecolor="white", label="accuracy in the bin")
+        top.plot([0, 100], [0, 100], "--", color=utils.VERMILION, label="perfectly calibrated")
+        ece = 100 * utils.calibration_error(scores.confidence, scores.correct)
+        top.set(title=f"{label}: calibration error {ece:.2f} %", xlim=(0, 100), ylim=(0, 100))
+        bottom.bar(centers, count, 100 / 15, color=utils.GRAY, edgecolor="white")
+        bottom.set(xlabel="confidence (%)")
+    axes[0, 0].set(ylabel="accuracy (%)")
+    axes[1, 0].set(ylabel="test images")
+    axes[0, 0].legend(loc="upper left")
+    return figure
+
+
+def draw_training(study):
+    """Training and validation curves of every run, in the colour of its recipe; the best epochs are marked."""
+    figure, panels = utils.new_figure(10, 4.5, 1, 2, f"Training on {TITLES[study.dataset]}", sharex=True)
+    for arm, color in zip(study.arms, COLORS):
+        smoothed = ", smoothed" if arm[0].config["args"].get("smoothing") else ""
+        for axes, key, scale, suffix in (panels[0], "loss", 1, smoothed), (panels[1], "acc", 100, ""):
+            axes.plot([], [], ":", color=color, label=f"{arm[0].name}: training{suffix}")
+            axes.plot([], [], "-", color=color, label=f"{arm[0].name}: validation")
+            for log in filter(None, map(read_log, arm)):
+                epochs, best = np.arange(1, len(log["val_acc"]) + 1), log["val_acc"].argmax()
+                axes.plot(epochs, scale * log[f"train_{key}"], ":", color=color, linewidth=1)
+                axes.plot(epochs, scale * log[f"val_{key}"], "-", color=color, linewidth=1)
+                axes.plot(epochs[best], scale * log[f"val_{key}"][best], "o", color=color, markersize=5)
+    panels[0].set(xlabel="epoch", ylabel="cross-entropy (nats)", ylim=(0, math.log(NUM_CLASSES)))
+    panels[1].set(xlabel="epoch", ylabel="accuracy (%); dots: best epoch", ylim=(0, 100))
+    for axes in panels:
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=9)
+    return figure
+
+
+def draw_verdict(study):
+    """A line per row of the verdict, each on a scale of its own, with the runs as dots and the interval."""
+    rows = [(claim, row) for claim, row in study.rows if row["figure"] is not None]
+    title = f"{study.arms[-1][0].name}: does what the study says hold?"
+    figure, axes = utils.new_figure(10, 1.5 + 0.4 * len(rows), title=title)
+    axes.set(xlim=(-4.6, 4.6), ylim=(len(rows) - 0.4, -2.1))
+    axes.axis("off")
+    text = functools.partial(axes.text, va="center", fontsize=9)
+    text(-4.6, -1.7, "as claimed: to the right; each row has its own scale")
+    for x, head in (-4.6, "claim"), (1.2, "figure [95 % interval]"), (3.5, "verdict"):
+        text(x, -0.9, head, weight="bold")
+    for x, color, arm in zip((-0.5, 1.3), COLORS, study.arms):
+        axes.plot(x, -1.7, "o", color=color, markersize=4)
+        text(x + 0.1, -1.7, textwrap.shorten(f"runs of {arm[0].name}", 36, placeholder="..."))
+    baselines = {run.name for run in study.arms[0]}
+    for y, (claim, row) in enumerate(rows):
+        sign, alone = -1 if claim.side == "below" else 1, claim in ABOUT_ONE
+        recipe = "baseline" if row["recipe"] == study.arms[0][0].name else "changed"
+        text(-4.6, y, f"{claim.text} ({recipe})" if alone and len(study.arms) > 1 else claim.text)
+        text(1.2, y, figure_cell(claim, row))
+        text(3.5, y, row["word"], weight="bold")
+        zero = claim.reference if alone else np.mean([v for name, v in row["runs"].items() if name in baselines])
+        dots = [(sign * (value - zero), name in baselines) for name, value in row["runs"].items()]
+        shift = claim.reference if alone else 0
+        middle, *ends = (sign * (value - shift) for value in (row["figure"], *(row["ci95"] or ())))
+        margin = MARGIN if claim.side == "within" else 0
+        scale = 1.15 * max(1e-9, margin, *map(abs, (middle, *ends)), *(abs(place) for place, _ in dots))
+        claimed = (-margin / scale, margin / scale) if margin else (0, 1)
+        axes.fill_betweenx([y - 0.4, y + 0.4], *claimed, color="black", alpha=0.06, linewidth=0)
+        axes.plot([0, 0], [y - 0.4, y + 0.4], color="black", linewidth=0.8)
+        for place, is_baseline in dots:
+            height, color = (-0.2, COLORS[0]) if is_baseline else (0.2, COLORS[1])
+            axes.plot(place / scale, y + height, "o", color=color, markersize=4)
+        axes.plot([end / scale for end in ends], [y] * len(ends), color="black", linewidth=1.5)
+        axes.plot(middle / scale, y, "|", color="black", markersize=9)
+    return figure
+
+
+def draw_stress(study):
+    """Accuracy by corruption, accuracy and confidence against severity, accuracy under attack: means over the runs."""
+    images = study.arms[0][0].stress.correct.shape[1]
+    title = f"{TITLES[study.dataset]} under stress: {images:,} test images, means over the runs"
+    figure, (left, middle, right) = utils.new_figure(10, 5.2, 1, 3, title)
+    severity = np.where(KINDS == "clean", 0, np.where(KINDS == "corruption", STRENGTHS, -1))
+    names = sorted(CORRUPTIONS, key=lambda name: study.arms[0][0].stress.correct[NAMES == name].mean())
+    for arm, color in zip(study.arms, COLORS):
+        # (65,) each, in percent: means over the runs and images
+        accuracy = 100 * np.mean([run.stress.correct.mean(1) for run in arm], 0)
+        confidence = 100 * np.mean([run.stress.confidence.mean(1) for run in arm], 0)
+        by_name = [accuracy[NAMES == name].mean() for name in names]
+        left.plot(by_name, range(len(names)), "o", color=color, label=arm[0].name)
+        left.axvline(accuracy[0], color=color, linewidth=0.8)
+        curves = [[values[severity == level].mean() for level in range(6)] for values in (accuracy, confidence)]
+        middle.plot(curves[0], "-o", color=color, markersize=4, label="accuracy")
+        middle.plot(curves[1], "--", color=color, label="confidence")
+        middle.fill_between(range(6), *curves, color=color, alpha=0.1)
+        right.plot(EPSILONS, accuracy[KINDS == "pgd"], "-o", color=color, markersize=4)
+    left.set_yticks(range(len(names)), [name.replace("_", " ") for name in names])
+    left.set(xlabel="accuracy (%), mean of severities\n(line: clean images)", xlim=(0, 100))
+    middle.set(xlabel="severity (0: clean)", ylabel="mean accuracy and confidence (%)", ylim=(0, 100))
+    right.set(xlabel="PGD: largest change\nof a pixel, in 1/255", ylabel="accuracy (%)", ylim=(0, 100), xscale="log")
+    right.set_xticks(EPSILONS, [f"{epsilon:g}" for epsilon in EPSILONS])
+    right.minorticks_off()
+    for axes in (left, middle, right):
+        axes.grid(alpha=0.3)
+    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=9)
+    middle.legend(fontsize=9)
+    return figure
+
+
+# ---- files of a run -------------------------------------------------------------------------------------
 
 
 def per_class_rows(run, names):
@@ -950,184 +893,437 @@ def per_class_rows(run, names):
     return [dict(zip(columns, values)) for values in zip(*columns.values())]
 
 
-def draw_confusion(path, run, names, title):
-    figure, (matrix, bars) = utils.new_figure(16, 11, 1, 2, title, width_ratios=[10, 6])
-    order = np.argsort(SUPERCLASS_OF, kind="stable")
-    shown = run.confusion[np.ix_(order, order)].astype(float)
-    np.fill_diagonal(shown, np.nan)  # the hits would own the colour scale
-    shown[shown == 0] = np.nan
-    picture = matrix.imshow(shown, cmap="viridis", norm="log", vmin=1, vmax=max(2, np.nanmax(shown, initial=1)))
-    real = names[0] == "apple"  # the synthetic set has no superclasses with names
-    families = [name.replace("_", " ") if real else f"group {k}" for k, name in enumerate(SUPERCLASSES)]
-    matrix.set_xticks(np.arange(2, 100, 5), families, rotation=90, fontsize=9)
-    matrix.set_yticks(np.arange(2, 100, 5), families, fontsize=9)
-    for edge in range(0, NUM_CLASSES, 5):  # a frame around the five classes of each superclass
-        left, right = edge - 0.5, edge + 4.5
-        matrix.plot([left, right, right, left, left], [left, left, right, right, left], color="black", linewidth=0.8)
-    matrix.set(xlabel="predicted class", ylabel="true class", title="errors; frames: inside a superclass")
-    ticks = [1, 2, 5, 10, 20, 50]
-    figure.colorbar(picture, ax=matrix, label="test images (logarithmic)", shrink=0.5, format="%d", ticks=ticks)
-    pairs = confused_pairs(run.confusion)[::-1]
-    colors = [utils.BLUE if SUPERCLASS_OF[i] == SUPERCLASS_OF[j] else utils.VERMILION for i, j, _ in pairs]
-    bars.barh([f"{names[i]} / {names[j]}" for i, j, _ in pairs], [errors for _, _, errors in pairs], color=colors)
-    title_of_bars = "most confused pairs\nblue: same superclass, vermilion: different"
-    bars.set(title=title_of_bars, xlabel="errors, both ways together", ymargin=0.01)
-    utils.save_figure(figure, path)
-
-
-def draw_per_class(path, run, names, title):
-    rows = sorted(per_class_rows(run, names), key=lambda row: row["accuracy"])
-    figure, axes = utils.new_figure(8, 14)
-    accuracy, low, high = (100 * np.array([row[key] for row in rows]) for key in ("accuracy", "low", "high"))
-    errors = [accuracy - low, high - accuracy]
-    axes.errorbar(accuracy, range(len(rows)), xerr=errors, fmt="o", color=utils.BLUE, ecolor=utils.GRAY, markersize=3)
-    axes.set_yticks(range(len(rows)), [row["class"] for row in rows], fontsize=7)
-    axes.set(xlabel="accuracy on the class's images (%), with 95 % Wilson interval", title=title)
-    axes.set(xlim=(0, 100), ylim=(-1, len(rows)))
-    axes.axvline(accuracy.mean(), color=utils.VERMILION, linestyle="--", label=f"mean {accuracy.mean():.1f} %")
-    axes.grid(axis="x", alpha=0.3)
-    axes.legend(loc="lower right")
-    utils.save_figure(figure, path)
-
-
-def draw_reliability(path, run, names, title):
-    """Accuracy against confidence in 15 bins, above the images in each; as trained and temperature-scaled."""
-    figure, axes = utils.new_figure(9, 6.5, 2, 2, title, sharex=True, sharey="row", height_ratios=[3, 1])
-    panels = (run.raw, "as trained", ""), (run.scaled, f"logits / {run.temperature:.3f}", "_scaled")
-    centers = (np.arange(15) + 0.5) / 15
-    for (top, bottom), (scores, label, suffix) in zip(axes.T, panels):
-        bins = calibration_bins(scores.confidence)
-        count = np.bincount(bins, minlength=15)
-        filled = count > 0
-        accuracy = np.bincount(bins, scores.correct, 15)[filled] / count[filled]
-        confidence = np.bincount(bins, scores.confidence, 15)[filled] / count[filled]
-        top.bar(centers[filled], accuracy, 1 / 15, color=utils.BLUE, edgecolor="white", label="accuracy in the bin")
-        top.plot(confidence, confidence, "D", color=utils.VERMILION, markersize=4, label="mean confidence in the bin")
-        top.plot([0, 1], [0, 1], "--", color=utils.GRAY, label="perfectly calibrated")
-        ece, floor = cell(run.values[f"ece{suffix}"]), cell(run.values[f"ece_null{suffix}"])
-        top.set(title=f"{label}: ECE {ece} % ({floor} % if calibrated)", xlim=(0, 1), ylim=(0, 1))
-        bottom.bar(centers, count, 1 / 15, color=utils.GRAY, edgecolor="white")
-        bottom.set(xlabel="confidence (largest probability)")
-    axes[0, 0].set(ylabel="accuracy")
-    axes[1, 0].set(ylabel="test images")
-    axes[0, 0].legend(loc="upper left")
-    utils.save_figure(figure, path)
-
-
-def write_run(run, args):
+def write_run(run):
     """metrics.json, confusion.npy, per_class.csv and the pictures of a run, which are drawn if the scores are new."""
-    folder, dataset = run.folder, run.config["dataset"]
-    ci95 = {name: ends for name, draws in run.draws.items() if (ends := interval(draws))}
-    del ci95["ece"]  # resampling inflates it
-    content = {"images": len(run.labels)} | run.values | {"temperature": run.temperature, "ci95": ci95}
-    content["sha256"] = checksums(folder)
-    new = utils.write_json(folder / "metrics.json", content)
-    names = class_names(dataset)
+    folder, names = run.folder, class_names(run.config["dataset"])
+    if not (folder / "val_logits.npy").exists():
+        return  # published without: metrics.json has what cannot be computed from what is here
+    content = {"images": len(run.labels)} | run.values | {"trust": run.trust}
+    content["ci95"] = {"accuracy": accuracy_interval(run.raw)}
+    for name, values in run.raw.means().items():
+        half = 1.96 * values.std() / math.sqrt(len(values))
+        content["ci95"].setdefault(name, [values.mean() - half, values.mean() + half])
+    known = utils.recorded_checksums(folder) if (folder / "metrics.json").exists() else {}
+    content["sha256"] = {name: utils.sha256(folder / name) for name in ARRAYS} | known
+    pictures = {"confusion.png": draw_confusion, "per_class.png": draw_per_class, "reliability.png": draw_reliability}
+    draw_due(folder, pictures, folder / "metrics.json", content, run, names)
     utils.write_npy(folder / "confusion.npy", run.confusion)
     utils.write_csv(folder / "per_class.csv", per_class_rows(run, names))
-    title = f"{run.name}: {len(run.labels):,} test images of {TITLES[dataset]}"
-    published = not (folder / "best.pt").exists()  # it keeps the pictures that it came with
-    pictures = {"confusion.png": draw_confusion, "per_class.png": draw_per_class, "reliability.png": draw_reliability}
-    due = [name for name in pictures if new or args.refresh or not (published or (folder / name).exists())]
-    for name in due:
-        (folder / name).unlink(missing_ok=True)  # so that Ctrl-C leaves no picture of older scores
-    for name in due:
-        pictures[name](folder / name, run, names, title)
+    utils.write_json(folder / "metrics.json", content)
 
 
-def draw_verdict(path, rows, title):
-    """A line per claim, each on a scale of its own: the runs as small dots, figure with interval, verdict."""
-    figure, axes = utils.new_figure(12, 1.6 + 0.46 * len(rows), title=title)
-    axes.set(xlim=(-3.6, 4.6), ylim=(len(rows) - 0.4, -1.3))
-    axes.axis("off")
-    for x, head, side in ((-3.5, "claim", "left"), (1.3, "figure, 95 % interval", "left"), (4.5, "verdict", "right")):
-        axes.text(x, -0.8, head, ha=side, va="center", fontsize=11, weight="bold")
-    axes.text(0, -0.8, "shaded: as claimed; small dots: the runs", ha="center", va="center", fontsize=9)
-    for y, (claim, estimate, ends, word) in enumerate(rows):
-        color = {"supported": utils.BLUE, "contradicted": utils.VERMILION, "not decided": utils.GRAY}[word]
-        axes.text(-3.5, y, claim.text, va="center", fontsize=11)
-        axes.text(4.5, y, word, ha="right", va="center", fontsize=11, color=color, weight="bold")
-        if ends is None:
-            axes.text(1.3, y, "no figure", va="center", fontsize=10, color=utils.GRAY)
-            continue
-        sign = -1 if claim.side == "below" else 1  # the claimed side is always to the right
-        low, middle, high = sign * (np.array([ends[0], estimate.figure, ends[1]]) - estimate.reference)
-        margin = MARGIN if claim.side == "within" else 0
-        scale = 1.1 * max(1e-9, 1.5 * margin, *map(abs, (low, high, *estimate.dots[0], *estimate.dots[1])))
-        left, right = (-margin / scale, margin / scale) if margin else (0, 1)
-        axes.fill_betweenx([y - 0.4, y + 0.4], left, right, color=utils.BLUE, alpha=0.1, linewidth=0)
-        axes.plot([0, 0], [y - 0.4, y + 0.4], color="black", linewidth=0.8)
-        for dots, shift, edge in zip(estimate.dots, (-0.22, 0.22), (utils.GRAY, color)):
-            places = [sign * dot / scale for dot in dots]
-            axes.plot(places, [y + shift] * len(places), "o", color=edge, markersize=3, alpha=0.7)
-        axes.plot([low / scale, high / scale], [y, y], color=color, linewidth=2)
-        axes.plot(middle / scale, y, "o", color=color)
-        digits, unit = (2, "points") if estimate.unit == 100 else (3, "nats")
-        parts = [cell(value, estimate.unit, digits) for value in (estimate.figure, ends)]
-        axes.text(1.3, y, f"{' '.join(parts)} {unit}", va="center", fontsize=10)
-    utils.save_figure(figure, path)
+def draw_due(folder, pictures, path, content, *what):
+    """Draw the pictures {name: function} that are missing, and all of them if content is not what path has.
+
+    The caller writes path afterwards: whatever happens until then, the pictures are drawn again.
+    """
+    try:
+        same = json.loads(path.read_bytes()) == utils.rounded(content)
+    except (OSError, ValueError):
+        same = False
+    for name, draw in pictures.items():
+        if not (same and (folder / name).exists()):
+            utils.save_figure(folder / name, draw, *what)
 
 
-def draw_stress(path, arms, title):
-    """Accuracy by corruption; accuracy and confidence against severity; accuracy under attack."""
-    figure, (left, middle, right) = utils.new_figure(15, 5, 1, 3, title)
-    names = sorted(CORRUPTIONS, key=lambda name: arms[0][0].stress.accuracy("corruption", name=name))
-    points = [("clean", 0)] + [("corruption", severity) for severity in range(1, 6)]
-    attacks = {"pgd": ("-o", "PGD"), "fgsm": (":", "FGSM"), "transfer": ("--", "made against the baseline")}
-    for arm, color in zip(arms, (utils.BLUE, utils.VERMILION)):
-        label, found = arm[0].name, [run.stress for run in arm]
-        dots = [(100 * s.accuracy("corruption", name=name), name.replace("_", " ")) for s in found for name in names]
-        left.plot(*zip(*dots), "o", color=color, markersize=4, label=label)
-        accuracy = 100 * np.mean([[s.accuracy(*point) for point in points] for s in found], 0)
-        confidence = 100 * np.mean([[s.mean_confidence(*point) for point in points] for s in found], 0)
-        left.axvline(accuracy[0], color=color, linewidth=0.8)
-        middle.plot(accuracy, "-o", color=color, markersize=4, label=f"{label}: accuracy")
-        middle.plot(confidence, "--", color=color, label=f"{label}: mean confidence")
-        middle.fill_between(range(6), accuracy, confidence, color=color, alpha=0.12)
-        for kind, (style, what) in attacks.items():
-            measured = [s for s in found if not math.isnan(s.accuracy(kind, EPSILONS[0]))]
-            if measured:
-                values = 100 * np.mean([[s.accuracy(kind, epsilon) for epsilon in EPSILONS] for s in measured], 0)
-                right.plot(EPSILONS, values, style, color=color, markersize=4, label=f"{label}: {what}")
-    left.set(xlabel="accuracy (%), mean of 5 severities; line: clean", xlim=(0, 100))
-    middle.set(xlabel="severity of the corruption (0: clean)", ylabel="%", ylim=(0, 100))
-    right.set(xlabel="largest change of a pixel, in 1/255", ylabel="accuracy (%)", ylim=(0, 100), xscale="log")
-    right.set_xticks(EPSILONS, [f"{epsilon:g}" for epsilon in EPSILONS])
-    right.minorticks_off()
-    for axes in (left, middle, right):
-        axes.grid(alpha=0.3)
-        if axes.lines:  # there is none where no attack was measured
-            axes.legend(fontsize=8)
-    utils.save_figure(figure, path)
+# ---- the report -----------------------------------------------------------------------------------------
+
+HERE = Path(__file__).resolve().parent
+STUDY = {"smoothing": 0.1, "epochs": 40, "lr": 0.01, "width": 64, "model": "resnet18", "mixup": 0.0, "cutmix": 0.0}
+PUBLISHED = ["the study (smoothing 0.1)", "65.96", "-", "66.11", "65.96", "65.88", "-", "-", "-"]  # as CLASSIFICATION
+
+
+class Study:
+    """One recipe or two, [baselines] or [baselines, changed], on the same images: verdict and report."""
+
+    def __init__(self, baselines, changed):
+        self.arms = [arm for arm in (baselines, changed) if arm]
+        self.runs = baselines + changed
+        self.first, self.last, self.folder = baselines[0], self.arms[-1][0], self.arms[-1][0].folder
+        self.dataset = self.first.config["dataset"]
+        before, after = utils.recipe(self.first.config), utils.recipe(self.last.config)
+        differing = [key for key in before | after if before.get(key) != after.get(key)]
+        changes = [f"{key} {after.get(key)} (was {before.get(key)})" for key in differing]
+        seeds = " against ".join(", ".join(str(run.seed) for run in arm) for arm in self.arms)
+        what = f"What changes with {', '.join(changes)}" if changed else f"{self.first.name} alone"
+        self.heading = utils.plain(f"{what}; seeds {seeds}")
+        self.rows = [(claim, judge(claim, changed, baselines, self.last.name)) for claim in COMPARISONS if changed]
+        self.rows += [(claim, judge(claim, arm, None, arm[0].name)) for claim in ABOUT_ONE for arm in self.arms]
+
+    def rows_on(self, text):
+        """The rows of the claims whose text begins so, as a list in Markdown."""
+        lines = []
+        for claim, row in self.rows:
+            if claim.text.startswith(text):
+                note = f" ({row['note']})" if row["note"] else ""
+                lines.append(f"- {row['recipe']}, {claim.meaning}: {figure_cell(claim, row)}{note}. "
+                             f"The study says \"{claim.study}\": **{row['word']}**.")  # fmt: skip
+        return "\n".join(lines)
+
+    def picture(self, run, name, words, made_by):
+        """A picture in a run's folder, linked relatively, or the command that makes it."""
+        path = run.folder / name
+        if not path.exists():
+            return f"*Missing: {words}. To make it:* `{made_by}`"
+        target = Path(os.path.relpath(path.resolve(), self.folder.resolve())).as_posix()
+        return f"![{words}]({target.replace(' ', '%20')})"
+
+    def commands(self):
+        """{what: command} that make the files of this study, as typed in the folder of the scripts."""
+        found = {"evaluate": f"python evaluate.py {' '.join(map(place, self.runs))}"}
+        found["stress"] = f"{found['evaluate']} --stress"
+        for run in self.runs:
+            arm = next(arm for arm in self.arms if run in arm)
+            others = [self.first if arm is self.arms[-1] else self.last] if len(self.arms) > 1 else []
+            others += [other for other in arm if other is not run][:1]  # the control
+            compare = f" --compare {' '.join(map(place, others))}" if others else ""
+            found["failures", run] = f"python failures.py {place(run)}{compare}"
+            maps = f" --compare {place(self.last)}" if run is self.first and len(self.arms) > 1 else ""
+            found["gradcam", run] = f"python gradcam.py {place(run)}{maps}"
+        return found
+
+
+def place(run):
+    """A run directory as a command names it from the folder of the scripts, wherever the report is written from."""
+    folder = run.folder.resolve()
+    return utils.quote(folder.relative_to(HERE) if folder.is_relative_to(HERE) else folder)
+
+
+def setup_table(study):
+    rows = []
+    for run in study.runs:
+        config, log = run.config, read_log(run)
+        epochs = ["-"] * 3
+        if log:
+            best = log["val_acc"].argmax()
+            hours = log["seconds"].sum() / 3600
+            epochs = [f"{best + 1} of {len(log['val_acc'])}", cell(log["val_acc"][best]), f"{hours:.1f}"]
+        machine = ", ".join(str(config.get(key, "-")) for key in ("device", "precision", "torch"))
+        row = [run.name, f"`{config.get('command', '-')}`", run.seed, *epochs]
+        rows.append([*map(utils.plain, row), utils.plain(f"{machine}, {config.get('threads', '-')} threads")])
+    return markdown(["run", "command", "seed", "best epoch", "validation accuracy (%)", "hours", "machine"], rows)
+
+
+def read_failures(study):
+    """The rows of failures.csv of the first run, if they belong to its logits; [] otherwise."""
+    run = study.first
+    columns = {"index": int, "representative": int, "checkpoint": str}
+    try:
+        rows = utils.read_csv(run.folder / "failures.csv", "python failures.py", "a list of failures", columns)
+        fitting = all(row["checkpoint"] == utils.checkpoint_id(run.folder) for row in rows)
+    except ScriptError:
+        return []
+    return rows if fitting and all(row["index"] in range(len(run.labels)) for row in rows) else []
+
+
+def failures_text(study):
+    """What the runs make of the mistakes in failures.csv of the first run."""
+    first, others, names = study.first, study.runs[1:], class_names(study.dataset)
+    rows, real = read_failures(study), study.dataset == "cifar100"
+    if not rows:
+        return f"*Missing: a list of mistakes of {first.name}. To make it:* `{study.commands()['failures', first]}`"
+    index, table = [row["index"] for row in rows], []
+    for run in others:
+        repaired = run.raw.correct[index].sum()
+        same = (run.raw.pred == first.raw.pred)[index].sum()
+        counts = [f"{n} of {len(index)} ({100 * n / len(index):.0f} %)" for n in (repaired, same, len(index) - repaired - same)]
+        role = "the control: another seed" if run in study.arms[0] else "changed"
+        table.append([run.name, role, *counts, cell(run.raw.confidence[index].mean(), 1)])
+    fates = markdown(["run", "", "repaired", "same wrong class", "another wrong class", "mean confidence (%)"], table)
+    table = []
+    for i in [row["index"] for row in rows if row["representative"]]:
+        people = votes(i) if real else None
+        preds = [f"{names[run.raw.pred[i]]} {100 * run.raw.confidence[i]:.0f} %" for run in study.runs]
+        table.append([i, names[first.labels[i]], "-" if people is None else f"{people} of 5", *preds])
+    header = ["test image", "label", "people who uphold it", *(run.name for run in study.runs)]
+    mean = cell(first.raw.confidence[index].mean(), 1)
+    return f"""\
+{first.name} makes the {len(index)} mistakes in its failures.csv with a mean confidence of {mean} %. Other runs:
+
+{fates if others else "(no other run)"}
+
+Failures picked for their confidence in one run look better in any other run. So the change has an effect only beyond
+that of the control.
+
+Three of them, evenly spread over the ranks of confidence, one per pair of classes:
+
+{markdown(header, table)}"""
+
+
+def counts_table(study):
+    rows = []
+    for run in study.runs:
+        failures = run.raw.failures
+        doubtful = (failures & DOUBTFUL).sum() if study.dataset == "cifar100" else "-"
+        rows.append([run.name, failures.sum(), cell(failures.mean()), doubtful])
+    return markdown(["run", "confident failures", "of all images (%)", "with a doubtful label"], rows)
+
+
+def comparison_table(study):
+    rows = []
+    for claim, row in study.rows:
+        if claim in COMPARISONS:
+            said = f"\"{claim.study}\"" if claim.study else ""
+            rows.append([said, claim.text, figure_cell(claim, row), row["word"], claim.meaning, row["note"]])
+    header = ["the study says", "tested as", "change [95 %]", "verdict", "change of", "note"]
+    return markdown(header, rows) if rows else "A comparison needs a second recipe."
+
+
+def alone_table(study):
+    """The claims about one recipe, with the recipes side by side."""
+    names, table = [arm[0].name for arm in study.arms], []
+    for claim in ABOUT_ONE:
+        found = [row for other, row in study.rows if other is claim]
+        cells = [f"{figure_cell(claim, row)}: {row['word']}" for row in found]
+        notes = "; ".join(dict.fromkeys(row["note"] for row in found if row["note"]))
+        table.append([f"\"{claim.study}\"", claim.text, *cells, claim.meaning, notes])
+    return markdown(["the study says", "tested as", *names, "the figure is", "note"], table)
+
+
+def superclass_table(study, confusions):
+    """Accuracy and share of errors that stay inside, for each superclass; confusions: a mean (100, 100) per recipe."""
+    rows = []
+    for k, superclass in enumerate(SUPERCLASSES):
+        inside, row = SUPERCLASS_OF == k, [superclass.replace("_", " ")]
+        for confusion in confusions:
+            hits, images = np.diag(confusion)[inside].sum(), confusion[inside].sum()
+            stay = confusion[np.ix_(inside, inside)].sum() - hits
+            row += [cell(hits / images, 1), cell(stay / max(images - hits, 1e-9), 0)]
+        rows.append(row)
+    columns = [f"{arm[0].name}: {what}" for arm in study.arms for what in ("accuracy (%)", "errors inside (%)")]
+    return markdown(["superclass", *columns], rows)
+
+
+def pairs_table(study, confusions):
+    """The ten pairs of classes most often taken for each other by the first recipe."""
+    errors = [confusion + confusion.T for confusion in confusions]
+    order = np.argsort(-np.triu(errors[0], 1), axis=None, kind="stable")[:10]
+    names, rows = class_names(study.dataset), []
+    for i, j in zip(*np.unravel_index(order, errors[0].shape)):
+        rows.append([f"{names[i]} / {names[j]}", *(f"{both[i, j]:.1f}" for both in errors)])
+    return markdown(["pair", *(arm[0].name for arm in study.arms)], rows)
+
+
+def classes_table(study, confusions):
+    names, accuracy = class_names(study.dataset), [np.diag(c) / np.maximum(c.sum(1), 1) for c in confusions]
+    order, change = np.argsort(accuracy[0], kind="stable"), accuracy[-1] - accuracy[0]
+    groups, rows = {"worst": order[:10], "best": order[:-11:-1]}, []
+    if len(study.arms) > 1:
+        groups["largest changes"] = np.argsort(-np.abs(change), kind="stable")[:10]
+    for group, labels in groups.items():
+        rows += [[group, names[k], *(cell(found[k], 1) for found in accuracy), cell(change[k], 1)] for k in labels]
+    return markdown(["", "class", *(f"{arm[0].name} (%)" for arm in study.arms), "change"], rows)
+
+
+def stress_table(study):
+    rows = []
+    for run in [run for run in study.runs if run.stress]:
+        correct, confidence, corrupted = run.stress.correct, run.stress.confidence, KINDS == "corruption"
+        values = [correct[0], confidence[0], correct[corrupted], confidence[corrupted]]
+        values += [correct[np.isin(NAMES, names)] for names in GROUPS.values()]
+        values.append(correct[(KINDS == "pgd") & (STRENGTHS == 1)])
+        rows.append([run.name, *(cell(float(value.mean()), 1) for value in values)])
+    header = ["in %", "clean", "confidence", "corrupted", "confidence", *GROUPS, "PGD at 1/255"]
+    return markdown(header, rows) if rows else f"*Missing. To measure it:* `{study.commands()['stress']}`"
+
+
+def trust_table(study):
+    rows = []
+    for arm in study.arms:
+        for run in arm:
+            shares = [cell(run.trust[key], 1) for key in ("answers", "answers_accuracy", "set_coverage")]
+            sets = [cell(run.trust["set_size"], 2, 1), cell(run.trust["set_worst_class"], 0)]
+            rows.append([run.name, cell(run.values["accuracy"]), cell(run.values["ece"]), *shares, *sets])
+        if len(arm) > 1:
+            together = ensemble(arm)
+            ece = utils.calibration_error(together.confidence, together.correct)
+            rows.append([f"ensemble of {len(arm)}", cell(together.correct.mean()), cell(ece), *["-"] * 5])
+    return markdown(["in %", "accuracy", "ECE", "answers", "right", "sets hold", "classes", "worst class"], rows)
+
+
+def report(study):
+    """The study's sections, in its order, from the runs at hand: the text of report.md."""
+    commands, first, last = study.commands(), study.first, study.last
+    synthetic = " (SYNTHETIC data)" if study.dataset == "synthetic" else ""
+    network = MODELS.get(first.config["args"].get("model"), "ResNet-18")
+    names = " and ".join(arm[0].name for arm in study.arms)
+    confusions = [np.mean([run.confusion for run in arm], 0) for arm in study.arms]
+    scores = score_rows(study.arms, CLASSIFICATION)
+    if any(STUDY.items() <= utils.recipe(arm[0].config).items() for arm in study.arms) and not synthetic:
+        scores.insert(0, PUBLISHED)
+    reproduce = [run.config["command"] for run in study.runs if "command" in run.config]
+    reproduce += [commands["stress"], *(commands[what, run] for run in study.runs for what in ("failures", "gradcam"))]
+    reproduce = "\n".join(map(utils.plain, [*reproduce, commands["evaluate"]]))
+    return f"""\
+# {network} on {TITLES[study.dataset]}: {names}
+
+{study.heading}.
+
+## 1. Setup{synthetic}
+
+{setup_table(study)}
+
+## 2. Training{synthetic}
+
+{study.picture(last, "training.png", "training and validation curves", commands["evaluate"])}
+
+The training loss is on augmented images and includes the smoothing; the validation loss does neither.
+
+{study.rows_on("validation")}
+
+## 3. Scores{synthetic}
+
+- accuracy [95 %]: test images classified correctly. Its interval covers the choice of test images alone.
+- no dup.: accuracy without the 891 test images that have a near-duplicate in training.
+- precision, recall, F1: means over the 100 classes (macro). top-5: the true class is among the five most likely.
+- superclass: the predicted class is in the right superclass.
+- confident errors: wrong with a confidence above 0.90, of all test images.
+- NLL: negative log probability of the true class, in nats. Brier: squared distance of the probabilities, 0 to 2.
+- gap: mean confidence minus accuracy. ECE: expected calibration error in 15 bins.
+- AUROC: how often a correct image is more confident than a wrong one.
+- T: the temperature that fits the validation images; NLL/T and so on: after dividing the logits by it.
+
+{markdown(["in %", "accuracy [95 %]", *CLASSIFICATION], scores)}
+
+{markdown(["in %, NLL in nats", "accuracy [95 %]", *CALIBRATION], score_rows(study.arms, CALIBRATION))}
+
+## 4. Confident failures{synthetic}
+
+A confident failure is wrong with a confidence above 0.90.
+
+{counts_table(study)}
+
+A label is doubtful if fewer than three of five people uphold it (Northcutt et al., arXiv:2103.14749). People looked
+at 2,235 test images, which a network's disagreement had picked. So the counts are lower bounds.
+
+{failures_text(study)}
+
+{study.picture(first, "failures.png", f"confident failures of {first.name}", commands["failures", first])}
+
+## 5. What the network looked at{synthetic}
+
+{study.picture(first, "gradcam.png", f"Grad-CAM of confident failures of {first.name}", commands["gradcam", first])}
+
+A map of layer4 has 4x4 cells, and each cell has seen the whole image. It shows a direction, no outline.
+
+{study.rows_on("failures rely")}
+
+## 6. What the change did{synthetic}
+
+*Supported*: the 95 % interval lies on the claimed side. *Contradicted*: it lies on the other side. *Not decided*:
+neither. The interval covers the choice of test images and the randomness of training; it needs two runs of each
+recipe, and equally many. The thirteen rows are not corrected for their number.
+
+{comparison_table(study)}
+
+{alone_table(study)}
+
+{study.picture(last, "verdict.png", "the verdict", commands["evaluate"])}
+
+## 7. Confusion and classes{synthetic}
+
+{study.picture(first, "confusion.png", f"confusion matrix of {first.name}", commands["evaluate"])}
+
+{superclass_table(study, confusions) if not synthetic else "Synthetic images have no superclasses."}
+
+The ten most confused pairs of {first.name}: errors in both directions, of 200 images, means over the runs.
+
+{pairs_table(study, confusions)}
+
+Accuracy of classes, means over the runs. A class has 100 test images, so between two single runs a difference of up
+to 20 points is noise.
+
+{classes_table(study, confusions)}
+
+{study.picture(first, "per_class.png", f"worst and best classes of {first.name}", commands["evaluate"])}
+
+## 8. Stress{synthetic}
+
+Accuracy on the first test images of each class: 12 corruptions in 5 severities (CIFAR-100-C style, 12 of 15,
+re-implemented, so not comparable with published mCE), and PGD of 10 steps. One attack does not measure robustness.
+
+{stress_table(study)}
+
+{study.picture(last, "stress.png", "accuracy under corruption and attack", commands["stress"])}
+
+## 9. May I trust it?{synthetic}
+
+- answers: the share of test images that may be answered if 95 of 100 answers are to be right. The confidence that
+  this takes comes from the validation images. right: the accuracy on them.
+- sets hold: name all classes above a probability chosen so that on validation images 90 % of the sets hold the true
+  class. classes: how many are named, on average. worst class: the promise is only on average.
+- ensemble: the mean probability of the runs.
+
+Both promises end where images differ from the training images, as under corruption.
+
+{trust_table(study)}
+
+{study.picture(first, "reliability.png", f"confidence and accuracy of {first.name}", commands["evaluate"])}
+
+## 10. Limits{synthetic}
+
+- Seeds: {" and ".join(f"{len(arm)} of {arm[0].name}" for arm in study.arms)}. Two of each recipe see a change of two \
+points of accuracy nine times in ten, and of one point every second time. Three see one point nine times in ten. Half \
+a point needs more than five.
+- Not tested: "background" (border is not background), "human intuition", "barely noticeable differences".
+- Some test labels are wrong (section 4). Some test images have near-duplicates in training (section 3).
+
+## 11. Reproduce{synthetic}
+
+```
+{reproduce}
+```
+"""
+
+
+def write_report(study):
+    """verdict.json, the pictures that need several runs, and report.md; returns the report's path."""
+    folder, content = study.folder, {"baselines": [run.name for run in study.arms[0]]}
+    content |= {"changed": [run.name for run in study.arms[1]] if len(study.arms) > 1 else [], "dataset": study.dataset}
+    content["claims"] = [row for _, row in study.rows]
+    pictures = {"training.png": draw_training, "verdict.png": draw_verdict}
+    if all(run.stress for run in study.runs):
+        pictures["stress.png"] = draw_stress
+    draw_due(folder, pictures, folder / "verdict.json", content, study)
+    utils.write_json(folder / "verdict.json", content)
+    utils.write_file(folder / "report.md", report(study).encode())
+    return folder / "report.md"
 
 
 # ---- main -----------------------------------------------------------------------------------------------
 
 
 def by_recipe(runs):
-    """The runs in lists of one recipe each, in the order in which the recipes come."""
+    """The runs in lists of one recipe each, in the order in which the recipes come; what cannot be compared stays out."""
     arms = []
     for run in runs:
         arm = next((arm for arm in arms if utils.recipe(arm[0].config) == utils.recipe(run.config)), None)
-        if arm is None:
-            arms.append([run])
-        elif run.seed in [other.seed for other in arm]:
-            warn(f"{run.folder} repeats the seed {run.seed} of its recipe and is left out of means and verdict")
-        else:
+        reason = None
+        if not run.config.get("finished", True):
+            log, epochs = read_log(run), run.config["args"].get("epochs")
+            reason = f"stopped after epoch {len(log['val_acc']) if log else 0} of {epochs} (continue it with --resume)"
+        elif arms and not np.array_equal(run.labels, arms[0][0].labels):
+            reason = f"was scored on other images than {arms[0][0].name}"
+        elif arm and run.seed in [other.seed for other in arm]:
+            reason = f"repeats the seed {run.seed} of its recipe"
+        elif arm:
             arm.append(run)
+        else:
+            arms.append([run])
+        if reason:
+            warn(f"{run.name} {reason}; left out of means and verdict")
     return arms
 
 
 def find_runs(texts):
     """[(run_dir, config)] of the runs that can be scored: those with an epoch saved, or with logits."""
     found = []
-    for text in dict.fromkeys(texts):
-        run_dir = Path(text).expanduser()
-        usable = any((run_dir / name).exists() for name in ("best.pt", "test_logits.npy"))
-        if run_dir.is_dir() and not usable:
-            warn(f"{run_dir} has no saved epoch and is passed over")
+    for text in dict.fromkeys(texts or [None]):
+        run_dir, config = utils.open_run(text)
+        if any((run_dir / name).exists() for name in ("best.pt", "test_logits.npy")):
+            found.append((run_dir, config))
         else:
-            found.append(utils.open_run(text))
+            warn(f"{run_dir} has no saved epoch and is passed over")
     if not found:
         raise ScriptError("no run with a saved epoch among those given; run python train.py first")
     return found
@@ -1136,131 +1332,55 @@ def find_runs(texts):
 def parse_args(argv):
     parser = utils.ArgumentParser(__file__, __doc__)
     add = parser.add_argument
-    add("runs", nargs="+", metavar="RUN", help="run directory of train.py")
-    add("--refresh", action="store_true", help="compute logits, pictures and stress again although they are there")
-    add("--markdown", action="store_true", help="print the tables in Markdown")
-    add("--stress", action="store_true", help="also measure corruptions, attacks and shifts: minutes per run on a CPU")
+    add("runs", nargs="*", metavar="RUN", help="run directory of train.py (default: the one in runs/ trained last)")
+    add("--stress", action="store_true", help="also measure corruptions and an attack: minutes per run on a CPU")
     add("--stress-images", type=int, default=1000, metavar="N", help="test images for --stress, N/100 of each class")
-    add("--cifar-c", metavar="FOLDER", help="for --stress, take the corrupted images from the authors' CIFAR-100-C")
     utils.add_common_flags(parser)
     args = parser.parse_args(argv)
     if args.stress_images % 100 or not 100 <= args.stress_images <= 10_000:
         parser.error(f"--stress-images {args.stress_images} must be a multiple of 100 in 100..10000")
-    if args.cifar_c and not Path(args.cifar_c).expanduser().is_dir():
-        parser.error(f"--cifar-c {args.cifar_c} is no folder")
     return args
 
 
 def update_logits(folders, args):
     """Compute the logits that are missing or outdated. Returns the device, None if none is needed."""
-    places = {run_dir: utils.dataset_of(run_dir, config, args) for run_dir, config in folders}
-    stale = [run_dir for run_dir in places if (run_dir / "best.pt").exists()]
-    stale = [run_dir for run_dir in stale if args.refresh or known_checksums(run_dir) != checksums(run_dir)]
+    stale = [(run_dir, config) for run_dir, config in folders if (run_dir / "best.pt").exists() and not is_current(run_dir)]
     device = utils.select_device(args.device) if stale or args.stress or args.device != "auto" else None
-    for run_dir in stale:
-        compute_logits(run_dir, *places[run_dir], device)
+    for run_dir, config in stale:
+        compute_logits(run_dir, *utils.dataset_of(config, args), device)
     return device
-
-
-def report_scores(runs, arms, args):
-    """Print what every run scores; for the runs of one recipe their mean, deviation and ensemble."""
-    dataset = runs[0].config["dataset"]
-    table, notes = [], []
-    for arm in arms + [[run] for run in runs if not any(run in arm for arm in arms)]:
-        for run in arm:
-            table.append((run.name, run.values | {"temperature": run.temperature}, interval(run.draws["accuracy"])))
-        if len(arm) == 1:
-            continue
-        columns = {key: [run.values[key] for run in arm] for key in arm[0].values}
-        table.append((f"  mean of {len(arm)}", {key: np.mean(column) for key, column in columns.items()}, None))
-        table.append(("  deviation", {key: np.std(column, ddof=1) for key, column in columns.items()}, None))
-        together, extra = ensemble(arm)
-        table.append((f"  {together.name}", together.values, None))
-        right, parts = together.raw.correct, []
-        for what, v in extra.items():
-            means = f"{v[right].mean():.3f} where right, {v[~right].mean():.3f} where wrong"
-            parts.append(f"{what.replace('_', ' ')} {means}")
-        notes.append(f"{together.name} ({arm[0].name} ...): {'; '.join(parts)}")
-    print(f"{len(runs[0].labels):,} test images of {TITLES[dataset]}")
-    print_scores(table, dataset == "cifar100", args.markdown)
-    print(LEGEND)
-    for note in notes:
-        print(textwrap.fill(note, 79, subsequent_indent="  "))
-    if len(runs) == 1:
-        print_details(runs[0], class_names(dataset))
-
-
-def report_claims(recipes, args):
-    """Print the verdict on two recipes; write verdict.json, verdict.png and stress.png of the first changed run."""
-    first, folder = recipes.baselines[0], recipes.arms[-1][0].folder
-    dataset = first.config["dataset"]
-    before, after = utils.recipe(first.config), utils.recipe(recipes.arms[-1][0].config)
-    keys = [key for key in before | after if before.get(key) != after.get(key)]  # none if there is one recipe
-    changes = ", ".join(f"{key} {after.get(key)} (was {before.get(key)})" for key in keys)
-    what = f"What changes with {changes}" if recipes.changed else f"What the study says of one recipe, {first.name}"
-    seeds = " against ".join(", ".join(str(run.seed) for run in arm) for arm in recipes.arms)
-    print("\n" + textwrap.fill(f"{what}; seeds {seeds}", 79))
-    rows = judge(recipes, dataset == "synthetic")
-    print_verdict(rows, args.markdown)
-    content = {"baselines": [run.name for run in recipes.baselines], "changed": [run.name for run in recipes.changed]}
-    content |= {"dataset": dataset, "claims": []}
-    for claim, estimate, ends, word in rows:
-        row = {"claim": claim.text, "figure": estimate.figure, "ci95": ends, "word": word}
-        content["claims"].append(row | {"control": estimate.control, "control_value": estimate.control_value})
-    verdict, stress = folder / "verdict.png", folder / "stress.png"
-    if utils.write_json(folder / "verdict.json", content) or args.refresh:
-        for picture in (verdict, stress):  # so that Ctrl-C leaves no picture of older figures
-            picture.unlink(missing_ok=True)
-    if not verdict.exists():
-        common = {"model": MODELS.get(before["model"], before["model"]), "epochs": f"{before.get('epochs')} epochs"}
-        about = [TITLES[dataset], *(text for key, text in common.items() if key not in keys), f"seeds {seeds}"]
-        title = textwrap.fill(f"{what}: do the claims hold? {', '.join(about)}", 128)
-        draw_verdict(verdict, rows, title)
-    print(f"wrote verdict.json and verdict.png to {folder}")
-    stressed = [arm for arm in recipes.arms if all(run.stress for run in arm)]
-    if stressed and (args.stress or not stress.exists()):
-        draw_stress(stress, stressed, f"{TITLES[dataset]} under stress, {stressed[0][0].stress.source}")
 
 
 def main(argv=None):
     """Evaluate the given runs; returns {run directory: {metric: value}}."""
     args = parse_args(argv)
-
-    # logits and metrics of every run
     folders = find_runs(args.runs)
     device = update_logits(folders, args)
-    runs = [read_run(*folder) for folder in folders]
-    comparable = [run for run in runs if np.array_equal(run.labels, runs[0].labels)]
-    arms = by_recipe(comparable)
-    weights = resample(runs[0].labels)
+    names = utils.short_names([run_dir for run_dir, _ in folders])
+    runs = [read_run(*folder, name) for folder, name in zip(folders, names)]
     for run in runs:
-        if run not in comparable:
-            warn(f"{run.folder} was scored on other images than {runs[0].folder} and is compared with nothing")
-        run.measure(weights if run in comparable else resample(run.labels))
-        write_run(run, args)
-        run.stress = None if args.refresh and args.stress else read_stress(run)
-    report_scores(runs, arms, args)
-
-    # stress
+        write_run(run)
+        run.stress = read_stress(run)
+    arms = by_recipe(runs)
+    print_scores(runs, arms)
     if args.stress:
-        test = StressTest(args, comparable, arms[0], device)
-        for run in comparable:
-            test.measure(run)
-    stressed = [run for run in comparable if run.stress]
-    for run in stressed:
-        if run.stress.images != stressed[0].stress.images:
-            warn(f"{run.folder}: its stress test is left out; it has other images than that of {stressed[0].folder}")
-            run.stress = None
-    if stressed:
-        print_stress([run for run in stressed if run.stress], args.markdown)
+        measure_stress(runs, args, device)
 
-    # claims: every other recipe against the first one
-    for changed in arms[1:] or [[]]:
-        report_claims(Recipes(arms[0], changed, weights), args)
-    others = [utils.quote(run.folder) for run in [arm[0] for arm in arms[1:]] + arms[0][1:]]
-    compare = f" --compare {' '.join(others)}" if others else ""
-    print("metrics.json, per_class.csv and pictures are in the run directories")
-    print(f"next: python failures.py {utils.quote(runs[0].folder)}{compare}{utils.data_flag(args)}")
+    # the first recipe alone, or every other one against it
+    reports = []
+    for study in [Study(arms[0], changed) for changed in arms[1:] or [[]]] if arms else []:
+        rows = study.rows if len(study.arms) > 1 else [pair for pair in study.rows if pair[1]["word"] != "not decided"]
+        if rows:
+            print_verdict(study, rows)
+        reports.append(write_report(study))
+    if len(arms) < 2:
+        print("A verdict needs two recipes and two seeds of each, as python train.py --seed 43 trains")
+    if not (runs[0].folder / "failures.csv").exists():
+        others = [run.folder for run in runs[1:]]
+        compare = f" --compare {' '.join(map(utils.quote, others))}" if others else ""
+        print(f"next: python failures.py {utils.quote(runs[0].folder)}{compare}{utils.data_flag(args)}")
+    for path in reports:
+        print(f"report: {utils.plain(path)}")
     return {str(run.folder): run.values for run in runs}
 
 

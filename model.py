@@ -1,4 +1,4 @@
-"""ResNet-18 and ResNet-34 for 32x32 images, and a small transformer, written by hand.
+"""ResNet-18 for 32x32 images, and a small transformer, written by hand.
 
     from model import make_model, resnet18
     model = resnet18()                           # 11,220,132 parameters; the same as make_model("resnet18")
@@ -10,12 +10,12 @@ same start would leave 8x8 of a CIFAR image before the first block; users who ke
 accuracy where others have 75 (github.com/weiaicunzai/pytorch-cifar100/issues/17). So, as is usual on CIFAR,
 the stem here is one 3x3 convolution with stride 1, and there is no max-pool.
 
-    stage     output      ResNet-18 (ResNet-34)
+    stage     output
     stem      64 x 32x32  3x3 convolution
-    layer1    64 x 32x32  2 (3) basic blocks
-    layer2   128 x 16x16  2 (4) basic blocks, the first with stride 2
-    layer3   256 x  8x 8  2 (6) the same
-    layer4   512 x  4x 4  2 (3) the same
+    layer1    64 x 32x32  2 basic blocks
+    layer2   128 x 16x16  2 basic blocks, the first with stride 2
+    layer3   256 x  8x 8  the same
+    layer4   512 x  4x 4  the same
     head     100          mean over the 4x4 cells, then a linear layer
 
 The transformer, CCT, is explained at its class. To add a network: MODELS, LAST_MAP and make_model below.
@@ -49,20 +49,17 @@ class BasicBlock(nn.Module):
         return F.relu(x + shortcut)
 
 
-class ResNet(nn.Module):
-    """blocks: how many basic blocks in each of the four stages. width: channels of the first stage.
+class ResNet18(nn.Module):
+    """Modules are named as in torchvision, so that all of a state dict but the stem can be exchanged."""
 
-    Modules are named as in torchvision, so that all of a state dict but the stem can be exchanged.
-    """
-
-    def __init__(self, blocks, num_classes, width):
+    def __init__(self, num_classes, width):
         super().__init__()
         self.conv1 = nn.Conv2d(3, width, 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
-        self.layer1 = stage(blocks[0], width, width, stride=1)
-        self.layer2 = stage(blocks[1], width, 2 * width, stride=2)
-        self.layer3 = stage(blocks[2], 2 * width, 4 * width, stride=2)
-        self.layer4 = stage(blocks[3], 4 * width, 8 * width, stride=2)
+        self.layer1 = stage(width, width, stride=1)
+        self.layer2 = stage(width, 2 * width, stride=2)
+        self.layer3 = stage(2 * width, 4 * width, stride=2)
+        self.layer4 = stage(4 * width, 8 * width, stride=2)
         self.fc = nn.Linear(8 * width, num_classes)
 
         # He et al., arXiv:1502.01852: variance 2 / fan_out keeps the gradient's scale through the ReLUs.
@@ -82,10 +79,9 @@ class ResNet(nn.Module):
         return self.fc(x)  # (B, num_classes)
 
 
-def stage(blocks, in_channels, channels, stride):
-    """Only the first block may change the size and the channels."""
-    first = BasicBlock(in_channels, channels, stride)
-    return nn.Sequential(first, *(BasicBlock(channels, channels, 1) for _ in range(blocks - 1)))
+def stage(in_channels, channels, stride):
+    """Two blocks (deeper ResNets have more), of which the first may change the size and the channels."""
+    return nn.Sequential(BasicBlock(in_channels, channels, stride), BasicBlock(channels, channels, 1))
 
 
 class TransformerBlock(nn.Module):
@@ -122,7 +118,7 @@ class CCT(nn.Module):
     Hassani et al., arXiv:2104.05704: 0.28 M parameters with 10 classes, at width 64. Convolutions in place
     of patches let a transformer learn from 50,000 images. Two differences: no dropout, and the head takes the
     mean of the tokens after the last norm, not a learned average. So a logit is the mean of an 8x8 map,
-    `tokens` weighted by the head, plus a bias, as with layer4 of a ResNet.
+    `tokens` weighted by the head, plus a bias, as with layer4 of ResNet-18.
     """
 
     def __init__(self, num_classes, width):
@@ -148,8 +144,8 @@ class CCT(nn.Module):
         return self.fc(x.mean((2, 3)))  # (B, num_classes)
 
 
-MODELS = {"resnet18": "ResNet-18", "resnet34": "ResNet-34", "cct": "CCT-2/3x2"}  # flag: name in titles
-LAST_MAP = {"resnet18": "layer4", "resnet34": "layer4", "cct": "tokens"}  # the last module that has a map
+MODELS = {"resnet18": "ResNet-18", "cct": "CCT-2/3x2"}  # flag: name in titles
+LAST_MAP = {"resnet18": "layer4", "cct": "tokens"}  # the last module that has a map
 
 
 def make_model(name="resnet18", num_classes=100, width=64):
@@ -161,8 +157,7 @@ def make_model(name="resnet18", num_classes=100, width=64):
     """
     if name not in MODELS:
         raise ValueError(f"no model {name!r}; there are {', '.join(MODELS)}")
-    blocks = {"resnet18": (2, 2, 2, 2), "resnet34": (3, 4, 6, 3)}
-    return CCT(num_classes, width) if name == "cct" else ResNet(blocks[name], num_classes, width)
+    return CCT(num_classes, width) if name == "cct" else ResNet18(num_classes, width)
 
 
 def resnet18(num_classes=100, width=64):
