@@ -329,13 +329,13 @@ def measure_attention(run, failures, test_set):
 
 def print_attention(rows):
     """The means of attention.csv. Their intervals, over several runs, are in evaluate.py's verdict."""
-    print("points of confidence lost     centre hidden  border hidden  more at the border")
+    print("points of confidence lost    centre hidden  border hidden  more at the border")
     for group, name in (("failure", "failures"), ("matched", "matched hits")):
         chosen = [row for row in rows if row["group"] == group]
         if chosen:
             centre, border = (100 * np.array([row[name] for row in chosen]) for name in ("centre_drop", "border_drop"))
             more = 100 * (border > centre).mean()
-            print(f"{len(chosen):7,} {name:<20} {centre.mean():14.1f} {border.mean():14.1f} {more:11.1f} % of them")
+            print(f"{len(chosen):7,} {name:<21}{centre.mean():13.1f}{border.mean():15.1f}{more:10.1f} % of them")
     print("Border is not background, and hidden parts are unlike the training images.")
 
 
@@ -451,6 +451,13 @@ def explain_file(run, other, target, path):
     return top
 
 
+def caption(dataset, index, name):
+    """The words above a test image; name: its true class."""
+    upheld = votes(index) if dataset == "cifar100" else None
+    doubt = f"\nlabel doubtful: {upheld} of 5" if upheld is not None and upheld < 3 else ""
+    return f"test image {index}\ntrue: {name}{doubt}"
+
+
 def explain_test_images(run, other, target, test_set, index, shown, stem, what):
     """Write stem.csv of the test images in index, and stem.png of those shown; returns the rows."""
     images, labels = test_set
@@ -461,11 +468,7 @@ def explain_test_images(run, other, target, test_set, index, shown, stem, what):
         drawing.unlink(missing_ok=True)  # it shows other maps
     empty = sum(row["map_max"] <= 0 for row in rows)
     print(f"wrote {utils.quote(table)}\n  {empty} of {len(rows)} maps have no positive evidence for their target")
-    captions = []
-    for i in shown:
-        upheld = votes(i) if run.dataset == "cifar100" else None
-        doubt = f"\nlabel doubtful: {upheld} of 5" if upheld is not None and upheld < 3 else ""
-        captions.append(f"test image {i}\ntrue: {run.names[labels[i]]}{doubt}")
+    captions = [caption(run.dataset, i, run.names[labels[i]]) for i in shown]
     draw(drawing, run, other, images[shown], labels[shown], target, captions, what)
     return rows
 
