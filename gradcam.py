@@ -1,26 +1,9 @@
-"""Show what a trained network looks at: Grad-CAM maps, and occlusion tests.
+"""Show what a trained network looks at: Grad-CAM, by a forward and a backward hook.
 
-    python gradcam.py runs/baseline                    # its confident failures
+    python gradcam.py                                  # confident failures of the run trained last
+    python gradcam.py runs/baseline --compare runs/smoothing0.1
     python gradcam.py runs/baseline --index 3 141      # images of the test set
     python gradcam.py runs/baseline --image photo.png  # any picture
-
-Writes into the run directory:
-    gradcam.png    a row per image (of the failures, the representative ones):
-                   maps for the predicted and the true class, their difference
-    gradcam.csv    a row per image: sums of the signed maps for the target and
-                   for the true class, the largest cell, the border's share
-    attention.csv  a row for each failure, and one for a correct prediction
-                   that matches it in class and confidence. border_drop,
-                   centre_drop: the probability of the predicted class that is
-                   lost if that part is hidden. insertion_deletion: how well
-                   the map ranks the pixels (RISE); _shuffled, _other: the
-                   same for its cells shuffled, and for another image's map
-    gradcam-photo.png  with --image photo.png, and nothing else
-
-In a notebook:
-    model = load_model("runs/baseline")            # from utils
-    predict_image(model, "photo.png")              # [("wolf", 0.93), ...]
-    picture(model, images[:3], labels[:3])         # a matplotlib figure
 
 Selvaraju et al., arXiv:1610.02391. With A^k the k-th channel of a layer's
 output and y^c the logit of class c,
@@ -28,19 +11,35 @@ output and y^c the logit of class c,
     alpha_k^c = mean over the cells (i, j) of  d y^c / d A^k_ij
     map^c     = sum over k of  alpha_k^c A^k     and  Grad-CAM = ReLU(map^c)
 
-In a network that ends in mean-pooling and a linear layer, the map of the last
-layer is the logit, spread over the cells: its sum plus the bias of class c is
-y^c. So the difference of two classes' maps shows where the lead of one over
-the other comes from. In CIFAR's ResNet-18 that layer, layer4, has 4x4 cells of
-8x8 pixels, and each has seen the whole image: a rough direction, no outline.
---layer layer3 has 8x8 cells and lacks that identity. attention.csv is always
-about the predicted class at layer3 (of a transformer: at its tokens).
+The forward hook keeps A, the backward hook the gradient. Where a network ends in
+mean-pooling and a linear layer, the map of the last layer is the logit, spread
+over the cells: its sum plus the bias of class c is y^c. So the difference of two
+classes' maps shows where the lead of one over the other comes from. In CIFAR's
+ResNet-18 that layer, layer4, has 4x4 cells of 8x8 pixels, and each has seen the
+whole image: a rough direction, no outline. --layer layer3 has 8x8 cells and
+lacks that identity.
+
+Writes into the run directory:
+    gradcam.png    a row per representative failure: maps for the predicted and
+                   the true class, their difference, another run's map
+    gradcam.csv    a row per failure: sums of the signed maps, the largest cell
+    attention.csv  a row per failure, and one for a correct prediction that
+                   matches it in class and confidence: the probability of the
+                   predicted class that is lost if the outermost 4 pixels are
+                   hidden (border_drop), or the inner 21x21 (centre_drop)
+Other pictures get other names: gradcam-index.png, gradcam-photo-2f1a0c7e.png.
+
+In a notebook:
+    model = load_model("runs/baseline")            # from utils
+    predict_image(model, "photo.png")              # [("wolf", 0.93), ...]
+    picture(model, images[:3], labels[:3])         # a matplotlib figure
 """
 
 import difflib
 import math
 import textwrap
 import warnings
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -49,69 +48,76 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 
 import utils
-from data import CLASS_NAMES, TITLES, class_names, load_dataset, normalize
+from data import CLASS_NAMES, TITLES, as_pixels, class_names, load_dataset, normalize, votes
 from model import LAST_MAP, MODELS, make_model
-from utils import ScriptError
+from utils import ScriptError, require
 
 BATCH = 100  # images
-BORDER = 4  # pixels: the outermost ring, 448 of the 1,024 pixels
-STEPS = 16  # of deletion and insertion, 64 pixels each
 NEAR = 0.02  # in matching, a correct prediction of another class counts as this much further away
-FEWEST = 20  # pairs; fewer give no interval
+SANITY_LAYER = {"resnet18": "layer3", "cct": "tokens"}  # of 8x8 cells
 SANITY_LIMIT = 0.5  # our convention: maps more alike than this support no claim
-ATTENTION_LAYER = {"resnet18": "layer3", "resnet34": "layer3", "cct": "tokens"}  # of 8x8 cells
-FIGURES = ["border_energy", "border_drop", "centre_drop"]
-FIGURES += ["insertion_deletion", "insertion_deletion_shuffled", "insertion_deletion_other"]
+FORMATS = "PNG JPEG GIF BMP TIFF WEBP PPM".split()  # Pillow would also start Ghostscript for a PostScript file
 
 
 # ---- Grad-CAM -------------------------------------------------------------------------------------------
 
 
 def grad_cam(model, images, targets, layer="layer4"):
-    """Signed raw Grad-CAM maps (N, h, w) float32, before the ReLU, on the images' device.
+    """Signed raw Grad-CAM maps (N, h, w) float32, before the ReLU, on the network's device.
 
     model: a plain network, wholly in training or in eval mode; it is run in eval mode and put back. images:
     (N, 3, H, W) float, normalised. targets: (N,) int64, the class to explain in each image. layer: a module
-    of the network, or its name, whose output is (N, K, h, w). Works under no_grad and with frozen parameters,
-    and leaves no hook and no gradient behind. One backward pass serves the batch, because in eval mode no
-    image's logit depends on another image. Raises ValueError for an argument that cannot be right.
+    of the network, or its name, whose output is (N, K, h, w). Works under no_grad and inference_mode, with
+    frozen, half and double weights, and leaves no hook and no gradient behind. One backward pass serves the
+    batch, because in eval mode no image's logit depends on another image. Raises ValueError for an argument
+    that cannot be right.
     """
     module = check_arguments(model, images, targets, layer)
-    saved = {}
+    weight, training, saved, hooks = next(model.parameters()), model.training, {}, []
 
-    def record(module, inputs, output):
-        utils.require(getattr(output, "ndim", 0) == 4, f"the output of layer {layer} is no map (N, K, h, w)")
+    def keep_gradient(gradient):  # the backward hook
+        saved["gradient"] = gradient
+
+    def keep_activations(module, inputs, output):  # the forward hook
+        require(getattr(output, "ndim", 0) == 4, f"the output of layer {layer} is no map (N, K, h, w)")
         # A starts the graph: the backward pass ends here, whether or not the weights before it are frozen.
-        saved["A"] = output.detach().float().requires_grad_()
+        saved["A"] = output.detach().requires_grad_()
+        hooks.append(saved["A"].register_hook(keep_gradient))
         return saved["A"].clone()  # goes on through the network, which may change it in place
 
-    training, device = model.training, images.device
     try:
         model.eval()  # in training mode batch norm would mix the images
-        with module.register_forward_hook(record), torch.enable_grad(), torch.autocast(device.type, enabled=False):
-            images = images.float().contiguous(memory_format=utils.memory_format(device))
-            logits = model(images)  # (N, C)
-            unknown = ((targets < 0) | (targets >= logits.shape[1])).any()
-            utils.require(not unknown, f"targets outside 0..{logits.shape[1] - 1}")
-            score = logits.gather(1, targets.to(device)[:, None]).sum()
-            (gradient,) = torch.autograd.grad(score, saved["A"])  # (N, K, h, w); no parameter gets a .grad
+        hooks.append(module.register_forward_hook(keep_activations))
+        with torch.inference_mode(False), torch.enable_grad(), torch.autocast(weight.device.type, enabled=False):
+            layout = utils.memory_format(weight.device)
+            logits = model(images.to(weight.device, weight.dtype, copy=True, memory_format=layout))  # (N, C)
+            known = ((targets >= 0) & (targets < logits.shape[1])).all()
+            require(known, f"targets outside 0..{logits.shape[1] - 1}")
+            score = logits.gather(1, targets.to(weight.device, copy=True)[:, None]).sum()
+            if "A" in saved and score.requires_grad:
+                score.backward(inputs=[saved["A"]])  # no parameter gets a .grad
+            require("gradient" in saved, f"the logits do not depend on layer {layer}")
     finally:
         model.train(training)
+        for hook in hooks:
+            hook.remove()
+    A, gradient = saved["A"].detach().float(), saved["gradient"].float()  # (N, K, h, w)
     alpha = gradient.mean((2, 3), keepdim=True)  # (N, K, 1, 1)
-    return (alpha * saved["A"].detach()).sum(1)  # (N, h, w)
+    return (alpha * A).sum(1)  # (N, h, w)
 
 
 def check_arguments(model, images, targets, layer):
     """The module that layer is or names; ValueError for what grad_cam cannot work with."""
     shaped = isinstance(images, torch.Tensor) and images.ndim == 4 and images.shape[1] == 3
     sound = shaped and images.is_floating_point() and not (images.abs() > 10).any()  # in 0..1: may be low contrast
-    utils.require(sound, "images must be normalised floats (N, 3, H, W), as data.normalize makes them")
+    require(sound, "images must be normalised floats (N, 3, H, W), as data.normalize makes them")
     fitting = isinstance(targets, torch.Tensor) and targets.dtype == torch.int64 and targets.shape == images.shape[:1]
-    utils.require(fitting, "targets must be int64 (N,), a class for each image, such as torch.tensor([3])")
+    require(fitting, "targets must be int64 (N,), a class for each image, such as torch.tensor([3])")
+    require(not any(p.is_inference() for p in model.parameters()), "load the network outside torch.inference_mode")
     modules = dict(model.named_modules())
     module = modules.get(layer, layer)
     parts = ", ".join(name for name, _ in model.named_children())
-    utils.require(module in modules.values(), f"the network has no layer {layer}; its parts are {parts}")
+    require(module in modules.values(), f"the network has no layer {layer}; its parts are {parts}")
     return module
 
 
@@ -127,14 +133,104 @@ def upsample(maps):
     return F.interpolate(maps[:, None], size=(32, 32), mode="bilinear", align_corners=False)[:, 0]
 
 
-def border_energy(maps):
-    """Share of the positive map (N, h, w) in the outermost 4 of 32 pixels, (N,); NaN if nothing is positive.
+def probabilities(model, images):
+    """Probabilities (N, 100) float32, on the CPU, for images (N, 32, 32, 3) uint8."""
+    device = next(model.parameters()).device
+    return utils.predict(model, [normalize(part.to(device)) for part in images.split(BATCH)]).softmax(1).cpu()
 
-    An even map has 448 / 1024 = 0.4375 there. It says "border", which is not the same as "background".
+
+def explain(model, images, labels=None, target="predicted", layer="layer4", names=CLASS_NAMES):
+    """What speaks for a class in each image: (rows of gradcam.csv as dicts, signed maps (N, 2, h, w)).
+
+    images: (N, 32, 32, 3) uint8. labels: (N,) int64, the true classes; None takes the targets. target: the
+    class to explain, "predicted", "true" or a label. names: of the classes, by label. The two maps of an
+    image are those for its target and for its label. Raises ValueError for anything else.
     """
-    positive = upsample(maps.clamp(min=0))
-    inner = positive[:, BORDER:-BORDER, BORDER:-BORDER].sum((1, 2))
-    return 1 - inner / positive.sum((1, 2))  # 0 / 0 is NaN
+    images = as_pixels(images)
+    probs = probabilities(model, images)
+    preds = probs.argmax(1)
+    require(labels is not None or target != "true", "target true needs the labels")
+    true = preds if labels is None else torch.as_tensor(labels)
+    require(true.shape == preds.shape, f"labels must be (N,), one for each of {len(preds)} images")
+    known = {"predicted": preds, "true": true}
+    targets = known[target] if target in known else torch.full_like(preds, target)
+    labels = targets if labels is None else true
+    maps = torch.stack([make_maps(model, images, classes, layer) for classes in (targets, labels)], 1)
+    columns = {
+        "true": [names[label] for label in labels],
+        "predicted": [names[label] for label in preds],
+        "confidence": probs.amax(1).tolist(),
+        "target": [names[label] for label in targets],
+        "target_probability": probs.gather(1, targets[:, None])[:, 0].tolist(),
+        "true_probability": probs.gather(1, labels[:, None])[:, 0].tolist(),
+        "layer": [layer] * len(images),
+        "map_sum": maps[:, 0].sum((1, 2)).tolist(),
+        "true_map_sum": maps[:, 1].sum((1, 2)).tolist(),
+        "map_max": maps[:, 0].amax((1, 2)).tolist(),
+    }
+    return [dict(zip(columns, values)) for values in zip(*columns.values())], maps
+
+
+def picture(model, images, labels=None, target="predicted", layer="layer4", names=CLASS_NAMES, captions=None, title="",
+            other=None):  # fmt: skip
+    """A matplotlib figure with a row per image: the image and, beside it, the map for its target.
+
+    If the label is another class: also the map for that, on the same scale, and the signed difference of the
+    two maps. Arguments as for explain(). captions: N texts. other: (network, layer) of another run; the last
+    column is its map for what it predicts.
+    """
+    images = as_pixels(images)
+    rows, maps = explain(model, images, labels, target, layer, names)
+    other_rows, other_maps = explain(other[0], images, layer=other[1], names=names) if other else (rows, maps)
+    mistakes = any(row["target"] != row["true"] for row in rows)
+    n, columns = len(images), 2 + 2 * mistakes + bool(other)
+    asked = target if target in ("predicted", "true") else "asked"
+    where = layer if isinstance(layer, str) else type(layer).__name__
+    title += f"\nGrad-CAM at {where}, {maps.shape[2]}x{maps.shape[3]} cells"
+    title += f"\nLine on the image: half of the largest value for the {asked} class"
+    title = "\n".join(textwrap.fill(line, 22 * columns) for line in title.strip().splitlines())
+    height = 2.6 * n + 0.8 + 0.2 * title.count("\n")
+    figure, grid = utils.new_figure(2 * columns, height, n + 1, columns, title, height_ratios=[20] * n + [1])
+    for axis in grid.flat:
+        axis.axis("off")
+
+    def show(axis, values, text, lowest=0, colours="viridis"):
+        axis.imshow(values, vmin=lowest, vmax=1, cmap=colours, interpolation="bilinear")
+        axis.set_title(text, fontsize=9.5)
+
+    for i, (axes, image, row) in enumerate(zip(grid, images, rows)):
+        cams, lead = upsample(maps[i].clamp(min=0)), upsample(maps[i, :1] - maps[i, 1:])[0]
+        top = cams.max().clamp(min=1e-12)  # one scale for the two maps
+        caption = f"image {i}" + ("" if labels is None else f"\ntrue: {row['true']}")
+        axes[0].set_title((captions[i] if captions else caption).replace("$", r"\$"), fontsize=9.5)
+        axes[0].imshow(image, interpolation="nearest")
+        half = cams[0].max().item() / 2
+        for colour, width in (("black", 2.5), ("white", 1)):
+            if cams[0].min() < half:
+                axes[0].contour(cams[0], [half], colors=colour, linewidths=width)
+        weak = "" if row["map_max"] > 0 else ", no evidence"
+        show(axes[1], cams[0] / top, f"{asked}: {row['target']}\n{100 * row['target_probability']:.2f} %{weak}")
+        if row["target"] != row["true"]:
+            show(axes[2], cams[1] / top, f"true: {row['true']}\n{100 * row['true_probability']:.2f} %")
+            lead = lead / lead.abs().max().clamp(min=1e-12)
+            show(axes[3], lead, f"{row['target']}\nrather than {row['true']}", -1, "PuOr_r")
+        if other:
+            cam, row = upsample(other_maps[i, :1].clamp(min=0))[0], other_rows[i]
+            text = f"other run: {row['predicted']}\n{100 * row['confidence']:.2f} %"
+            show(axes[-1], cam / cam.max().clamp(min=1e-12), text)
+
+    bars = [(1, "evidence for the class", ["none", "most in row"])]
+    bars += [(3, "class it speaks for", ["true", asked])] if mistakes else []
+    bars += [(columns - 1, "evidence for the class", ["none", "most in map"])] if other else []
+    for column, label, ends in bars:
+        grid[n, column].axis("on")
+        shown = next(axis.images[0] for axis in grid[:n, column] if axis.images)
+        bar = figure.colorbar(shown, cax=grid[n, column], orientation="horizontal")
+        bar.set_label(label, fontsize=9.5)
+        bar.set_ticks(shown.get_clim(), labels=ends, fontsize=9.5)
+        for text, side in zip(bar.ax.get_xticklabels(), ("left", "right")):
+            text.set_horizontalalignment(side)
+    return figure
 
 
 # ---- sanity checks: do the maps show this class and this network? ---------------------------------------
@@ -151,101 +247,47 @@ def spearman(first, second):
     return (a * b).sum(1) / ((a**2).sum(1) * (b**2).sum(1)).sqrt()  # 0 / 0 is NaN
 
 
-def sanity_checks(model, untrained, images, classes, layer):
-    """Mean |Spearman rho| of the maps with maps that must differ, {their name: float}; NaN if undefined.
+def sanity_checks(model, args, images, classes):
+    """Mean |Spearman rho| of the maps with maps that must differ: {their name: float}; NaN if undefined.
 
-    random_logit: the map for a random other class; near 1, the map does not depend on the class (Sixt et al.,
-    arXiv:1912.09818). random_weights: the map of the untrained network; near 1, the map does not show what
-    was learnt (Adebayo et al., arXiv:1810.03292). another_image: the map of the next image, for reference.
-    images: (N, 32, 32, 3) uint8. classes: (N,) int64.
+    Near 1 for another class, drawn at random, the map does not depend on the class (Sixt et al.,
+    arXiv:1912.09818). Near 1 for untrained weights, it does not show what was learnt (Adebayo et al.,
+    arXiv:1810.03292). Small values are necessary, not sufficient. args: train.py's arguments. images:
+    (N, 32, 32, 3) uint8. classes: (N,) int64.
     """
-    own = make_maps(model, images, classes, layer)
+    layer = SANITY_LAYER[args["model"]]
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        untrained = make_model(args["model"], width=args["width"]).to(next(model.parameters()).device).eval()
     shift = torch.randint(1, 100, (len(classes),), generator=torch.Generator().manual_seed(0))
-    others = {
-        "random_logit": make_maps(model, images, (classes + shift) % 100, layer),
-        "random_weights": make_maps(untrained, images, classes, layer),
-        "another_image": own.roll(1, 0) if len(own) > 1 else torch.zeros_like(own),
+    own = make_maps(model, images, classes, layer)
+    maps = {
+        "another class": make_maps(model, images, (classes + shift) % 100, layer),
+        "untrained weights": make_maps(untrained, images, classes, layer),
     }
-    return {name: mean_interval(spearman(own, maps).abs().numpy())[0] for name, maps in others.items()}
-
-
-def sanity_in_words(sanity):
-    """What sanity_checks found, as text."""
-    if sanity["random_logit"] <= SANITY_LIMIT and sanity["random_weights"] <= SANITY_LIMIT:  # NaN is not
-        text = "The maps change when the class or the weights are randomised (|rho| <= 0.5).\n"
-        text += "Necessary, not sufficient."
-    else:
-        text = "The maps do not change enough when the class or the weights are randomised\n"
-        text += "(|rho| > 0.5 or undefined): border share and ranking support no claim."
-    sizes = ", ".join(f"{name.replace('_', ' ')} {rho:.2f}" for name, rho in sanity.items())
-    return f"{text}\n  mean |rho|: {sizes}"
+    rho = {name: spearman(own, other).abs() for name, other in maps.items()}
+    return {name: values[~values.isnan()].mean().item() for name, values in rho.items()}
 
 
 # ---- attention: what hiding a part costs ----------------------------------------------------------------
 
 
-def probability(model, images, classes):
-    """Probability (N,) float64, on the CPU, of one class (N,) for each of the images (N, 3, H, W)."""
-    batches = images.contiguous(memory_format=utils.memory_format(images.device)).split(BATCH)
-    return utils.predict(model, batches).cpu().double().softmax(1).gather(1, classes.cpu()[:, None])[:, 0]
+def occlusion_drops(model, images, classes):
+    """What a class (N,) loses in probability with the border, and with the centre, hidden: two (N,) float64.
 
-
-def occlusion_drops(model, images, classes, intact):
-    """Drops of the probability from intact (N,) with the border, and with the centre, occluded: two (N,).
-
-    Occluded: replaced by the mean colour, 0 in normalised images (N, 3, 32, 32). The border is the outermost 4
-    pixels, 448 in all; the centre, the control, a square of 21x21 = 441.
+    Hidden: replaced by the mean colour, 0 in normalised images (N, 3, 32, 32). The border is the outermost 4
+    pixels, 448 in all; the centre, the control, a square of 21x21 = 441. Border is not background.
     """
-    border = F.pad(torch.zeros(24, 24, device=images.device), [BORDER] * 4, value=1).bool()
+    border = F.pad(torch.zeros(24, 24, device=images.device), [4] * 4, value=1).bool()
     centre = F.pad(torch.ones(21, 21, device=images.device), [5, 6, 5, 6]).bool()
-    return [intact - probability(model, images.masked_fill(mask, 0), classes) for mask in (border, centre)]
 
+    def probability(images):
+        batches = images.contiguous(memory_format=utils.memory_format(images.device)).split(BATCH)
+        probs = utils.predict(model, utils.track(batches, "hiding parts, batch")).cpu().double().softmax(1)
+        return probs.gather(1, classes[:, None])[:, 0].numpy()
 
-def blur(images):
-    """Gaussian blur with sigma 3 pixels: nothing is left to recognise, and no new edge appears."""
-    x = torch.arange(-9.0, 10.0, device=images.device)
-    kernel = torch.exp(-(x**2) / (2 * 3**2))
-    kernel = (kernel / kernel.sum()).expand(3, 1, 1, 19)
-    images = F.conv2d(F.pad(images, (9, 9, 9, 9), mode="reflect"), kernel, groups=3)  # along the rows
-    return F.conv2d(images, kernel.transpose(2, 3), groups=3)  # along the columns
-
-
-def insertion_minus_deletion(model, images, classes, maps, blank, blurred):
-    """Area under the insertion curve minus that under the deletion curve, (N,); high for a good map.
-
-    Petsiuk, Das, Saenko, RISE, arXiv:1806.07421. The pixels, ordered by the upsampled signed map (N, h, w),
-    are replaced by the mean colour (deletion), or put back into the blurred image (insertion), 64 at a time;
-    ties in random order. blank, blurred: the probabilities (N,) where deletion ends and insertion begins.
-    """
-    values = upsample(maps).flatten(1).cpu()
-    ties = torch.randperm(1024, generator=torch.Generator().manual_seed(0))
-    order = ties[values[:, ties].argsort(dim=1, descending=True, stable=True)]
-    turn = order.argsort(1) * STEPS // 1024  # (N, 1024), the step that takes a pixel
-    turn, start = turn.view(-1, 1, 32, 32).to(images.device), blur(images)
-    area = (blurred - blank) / 2  # by trapezoids the ends count half; the intact image is an end of both curves
-    for step in utils.track(range(1, STEPS), "attention, step"):
-        area += probability(model, torch.where(turn < step, images, start), classes)
-        area -= probability(model, images.masked_fill(turn < step, 0), classes)
-    return area / STEPS
-
-
-def attention_figures(model, images, classes, layer):
-    """FIGURES for images (N, 32, 32, 3) uint8, by the maps for their classes (N,): {name: (N,) float64}.
-
-    The controls of insertion_deletion: the same map with its cells shuffled, which keeps it as smooth
-    (scattered pixels would destroy any picture faster), and the map of the image before, which keeps the
-    centre bias.
-    """
-    maps = make_maps(model, images, classes, layer)
-    cells = torch.rand(len(maps), maps[0].numel(), generator=torch.Generator().manual_seed(0)).argsort(1)
-    shuffled = maps.flatten(1).gather(1, cells).view_as(maps)
-    images = normalize(images.to(next(model.parameters()).device))
-    intact, *ends = [probability(model, x, classes) for x in (images, torch.zeros_like(images), blur(images))]
-    drops = occlusion_drops(model, images, classes, intact)
-    kinds = maps, shuffled, maps.roll(1, 0)
-    areas = [insertion_minus_deletion(model, images, classes, kind, *ends) for kind in kinds]
-    values = border_energy(maps).double(), *drops, *areas
-    return {name: value.numpy() for name, value in zip(FIGURES, values)}
+    intact = probability(images)
+    return [intact - probability(images.masked_fill(mask, 0)) for mask in (border, centre)]
 
 
 def match_on_confidence(confidence, classes, candidates, candidate_classes):
@@ -261,204 +303,79 @@ def match_on_confidence(confidence, classes, candidates, candidate_classes):
     return np.array(matches, np.int64)
 
 
-def measure_attention(subject, layer, failures, test_set, checkpoint):
-    """The rows of attention.csv: all failures, then the correct predictions that match them.
-
-    failures: (n,) indices into the test set (images, labels). checkpoint: the SHA-256 of best.pt.
-    """
-    (images, labels), names = test_set, subject.names
-    logits, _ = utils.load_logits(subject.run_dir, "test")
+def measure_attention(run, failures, test_set):
+    """The rows of attention.csv: all failures (n,), then the correct predictions that match them."""
+    (images, labels), device = test_set, next(run.model.parameters()).device
+    logits, _ = utils.load_logits(run.folder, "test")
     preds, confidence = logits.argmax(1), np.exp(utils.log_softmax(logits)).max(1)
     correct = np.flatnonzero(preds == labels.numpy())
     matched = match_on_confidence(confidence[failures], preds[failures], confidence[correct], preds[correct])
     index = np.concatenate([failures, correct[matched]])
+    normalised, classes = normalize(images[index].to(device)), torch.from_numpy(preds[index])
+    border_drop, centre_drop = occlusion_drops(run.model, normalised, classes)
     columns = {
         "pair": [*range(len(failures)), *range(len(matched))],
         "group": ["failure"] * len(failures) + ["matched"] * len(matched),
         "index": index,
-        "true": [names[label] for label in labels[index]],
-        "predicted": [names[label] for label in preds[index]],
+        "true": [run.names[label] for label in labels[index]],
+        "predicted": [run.names[label] for label in preds[index]],
         "confidence": confidence[index],
-        **attention_figures(subject.model, images[index], torch.from_numpy(preds[index]), layer),
-        "checkpoint": [checkpoint] * len(index),
+        "border_drop": border_drop,
+        "centre_drop": centre_drop,
+        "checkpoint": [run.sha256] * len(index),
     }
     return [dict(zip(columns, values)) for values in zip(*columns.values())]
 
 
-def saved_attention(path, failures, checkpoint):
-    """The rows of attention.csv, or None if they belong to another best.pt or to other failures (n,)."""
-    columns = {"pair": int, "group": str, "index": int, "predicted": str, "checkpoint": str}
-    columns |= {name: lambda text: float(text or "nan") for name in ["confidence", *FIGURES]}
-    try:
-        rows = utils.read_csv(path, "python gradcam.py", "attention figures", columns)
-    except ScriptError:
-        return None  # missing or damaged: measured again
-    known = [(row["index"], row["checkpoint"]) for row in rows if row["group"] == "failure"]
-    pairs = [row["pair"] for row in rows if row["group"] == "matched"]
-    same = known == [(i, checkpoint) for i in failures] and pairs == list(range(len(failures)))[: len(pairs)]
-    return rows if same else None
+def print_attention(rows):
+    """The means of attention.csv. Their intervals, over several runs, are in evaluate.py's verdict."""
+    print("points of confidence lost    centre hidden  border hidden  more at the border")
+    for group, name in (("failure", "failures"), ("matched", "matched hits")):
+        chosen = [row for row in rows if row["group"] == group]
+        if chosen:
+            centre, border = (100 * np.array([row[name] for row in chosen]) for name in ("centre_drop", "border_drop"))
+            more = 100 * (border > centre).mean()
+            print(f"{len(chosen):7,} {name:<21}{centre.mean():13.1f}{border.mean():15.1f}{more:10.1f} % of them")
+    print("Border is not background, and hidden parts are unlike the training images.")
 
 
-def mean_interval(values):
-    """(mean, low, high), NaNs left out: 1.96 standard errors to each side; NaN for fewer than 20 values."""
-    values = values[~np.isnan(values)]
-    mean = float(values.mean()) if len(values) else math.nan
-    half = 1.96 * values.std(ddof=1) / math.sqrt(len(values)) if len(values) >= FEWEST else math.nan
-    return mean, mean - half, mean + half
-
-
-def points(rows):
-    """{what: (n,) in percentage points} for n rows of attention.csv."""
-    value = {name: 100 * np.array([row[name] for row in rows], np.float64) for name in FIGURES}
-    centre, border, area = value["centre_drop"], value["border_drop"], value["insertion_deletion"]
-    return {
-        "map in the border (even: 43.8)": value["border_energy"],
-        "lost if the centre is hidden": centre,
-        "lost if the border is hidden": border,
-        "gap between these two": centre - border,
-        "images that lose more at the border": 100.0 * (border > centre),
-        "insertion - deletion": area,
-        "  minus that of its cells shuffled": area - value["insertion_deletion_shuffled"],
-        "  minus that of another image's map": area - value["insertion_deletion_other"],
-    }
-
-
-def attention_table(rows):
-    """attention.csv as text: means, and the mean difference within the pairs with its 95 % interval."""
-    failed = [row for row in rows if row["group"] == "failure"]
-    correct = [row for row in rows if row["group"] == "matched"]  # the k-th is the partner of failure k
-    failures, matched, n = points(failed), points(correct), len(correct)
-    lines = [f"{'mean, in percentage points':<36} failures  matched  difference [95 %]"]
-    for name in failures:
-        difference, low, high = mean_interval(failures[name][:n] - matched[name])
-        interval = "" if math.isnan(low) else f" [{low:+.1f}, {high:+.1f}]"
-        a, b = mean_interval(failures[name])[0], mean_interval(matched[name])[0]
-        lines.append(f"{name:<36} {a:8.1f} {b:8.1f} {difference:+7.1f}{interval}")
-    alike = sum(a["predicted"] == b["predicted"] for a, b in zip(failed, correct))
-    apart = np.mean([abs(a["confidence"] - b["confidence"]) for a, b in zip(failed, correct)] or [np.nan])
-    lines.append(f"{n} pairs, {alike} of one predicted class, mean confidence gap {apart:.3f}")
-    if n < FEWEST:
-        lines.append(f"Fewer than {FEWEST} pairs give no interval.")
-    return "\n".join(lines)
-
-
-# ---- pictures -------------------------------------------------------------------------------------------
+# ---- pictures from elsewhere ----------------------------------------------------------------------------
 
 
 def read_image(path):
-    """Any picture file as (32, 32, 3) uint8: its central square, on white. And in words what it was."""
+    """A picture file as (32, 32, 3) uint8: upright, its central square, on white, in RGB; else ScriptError."""
     try:
         with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # on broken EXIF blocks
             warnings.simplefilter("error", Image.DecompressionBombWarning)  # above 89 million pixels
-            with Image.open(path) as file:
-                turned = file.getexif().get(0x0112) in range(2, 9)  # its orientation; loading a TIFF removes it
-                image, frames = ImageOps.exif_transpose(file), getattr(file, "n_frames", 1)
-        words = f"{image.mode} {image.width}x{image.height}"
-        words += ", turned upright by its EXIF tag" if turned else ""
-        words += f", first of {frames} frames" if frames > 1 else ""
+            with Image.open(Path(path).expanduser(), formats=FORMATS) as file:
+                try:
+                    image = ImageOps.exif_transpose(file)  # upright
+                except Exception:
+                    image = file.copy()  # a broken EXIF block is ignored
         if image.mode.startswith(("I", "F")):  # 16-bit gray: convert() would clip it all to white
-            image, span = stretch(image)
-            words += f", values {span} scaled to 0..255"
+            values = np.asarray(image, np.float64)
+            require(np.isfinite(values).all(), "a NaN or infinite pixel")
+            values = 255 * (values - values.min()) / max(np.ptp(values), 1e-12)
+            image = Image.fromarray(values.round().astype(np.uint8))
         image = ImageOps.fit(image.convert("RGBA"), (32, 32), Image.Resampling.BICUBIC)
         image = Image.alpha_composite(Image.new("RGBA", (32, 32), "white"), image)  # transparency hides colours
-        return np.array(image.convert("RGB")), words
+        return np.array(image.convert("RGB"))
     except Exception as error:  # Pillow's plugins raise OSError, SyntaxError, ValueError, struct.error...
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ScriptError(f"--image {path} is not a readable picture ({reason}); use PNG or JPEG") from None
-
-
-def stretch(image):
-    """A gray picture of any range as one in 0..255, and its range in words."""
-    values = np.asarray(image, np.float64)
-    utils.require(np.isfinite(values).all(), "a NaN or infinite pixel")
-    low, high = values.min(), values.max()
-    values = 255 * (values - low) / max(high - low, 1e-12)
-    return Image.fromarray(values.round().astype(np.uint8)), f"{low:g}..{high:g}"
-
-
-def probabilities(model, images):
-    """Probabilities (N, 100) float32, on the CPU, for images (N, 32, 32, 3) uint8."""
-    device = next(model.parameters()).device
-    return utils.predict(model, [normalize(part.to(device)) for part in images.split(BATCH)]).softmax(1).cpu()
 
 
 def predict_image(model, image, names=CLASS_NAMES):
     """The five likeliest classes of a picture: [(class name, probability)], the likeliest first.
 
     image: a file, or pixels (32, 32, 3) uint8, an array or a tensor. names: of the 100 classes, by label.
-    Raises ScriptError for a file that is no readable picture.
+    Raises ScriptError for a file that is no readable picture, ValueError for other pixels.
     """
-    pixels = image if isinstance(image, (np.ndarray, torch.Tensor)) else read_image(image)[0]
-    top = probabilities(model, torch.as_tensor(pixels)[None])[0].topk(5)
+    pixels = as_pixels(image if isinstance(image, (np.ndarray, torch.Tensor)) else read_image(image))
+    require(len(pixels) == 1, f"one picture, not {len(pixels)}")
+    top = probabilities(model, pixels)[0].topk(5)
     return [(names[label], p) for p, label in zip(top.values.tolist(), top.indices.tolist())]
-
-
-def explain(model, images, labels=None, target="predicted", layer="layer4", names=CLASS_NAMES):
-    """What speaks for a class in each image: (rows of gradcam.csv as dicts, signed maps (N, 2, h, w)).
-
-    images: (N, 32, 32, 3) uint8. labels: (N,) int64, the true classes; None takes the targets. target: the
-    class to explain, "predicted", "true" or a label. names: of the classes, by label. The two maps of an
-    image are those for its target and for its label.
-    """
-    probs = probabilities(model, images)
-    preds = probs.argmax(1)
-    asked = {"predicted": preds, "true": labels}
-    targets = asked[target] if target in asked else torch.full_like(preds, target)
-    labels = targets if labels is None else labels
-    maps = torch.stack([make_maps(model, images, classes, layer) for classes in (targets, labels)], 1)
-    columns = {
-        "true": [names[label] for label in labels],
-        "predicted": [names[label] for label in preds],
-        "confidence": probs.amax(1).tolist(),
-        "target": [names[label] for label in targets],
-        "target_probability": probs.gather(1, targets[:, None])[:, 0].tolist(),
-        "true_probability": probs.gather(1, labels[:, None])[:, 0].tolist(),
-        "layer": [layer] * len(images),
-        "map_sum": maps[:, 0].sum((1, 2)).tolist(),
-        "true_map_sum": maps[:, 1].sum((1, 2)).tolist(),
-        "map_max": maps[:, 0].amax((1, 2)).tolist(),
-        "border_energy": border_energy(maps[:, 0]).tolist(),
-    }
-    return [dict(zip(columns, values)) for values in zip(*columns.values())], maps
-
-
-def picture(model, images, labels=None, target="predicted", layer="layer4", names=CLASS_NAMES, captions=None, title=""):
-    """A matplotlib figure with a row per image: the image and, laid over it, the map for its target.
-
-    If the label is another class: also the map for that, on the same scale, and the signed difference of the
-    two maps. Arguments as for explain(); captions: N texts.
-    """
-    rows, maps = explain(model, images, labels, target, layer, names)
-    n, columns = len(images), 4 if any(row["target"] != row["true"] for row in rows) else 2
-    where = layer if isinstance(layer, str) else type(layer).__name__
-    title = f"{textwrap.fill(title, 20 * columns)}\nGrad-CAM at {where}, {maps.shape[2]}x{maps.shape[3]} cells".strip()
-    heights = [20] * n + [1]  # the last row holds the colour bars
-    figure, grid = utils.new_figure(2.2 * columns, 2.55 * n + 1.1, n + 1, columns, title, height_ratios=heights)
-    for axis in grid.flat:
-        axis.axis("off")
-
-    scales = (0, "viridis"), (0, "viridis"), (-1, "PuOr_r")  # lowest value and colours of the three overlays
-    for i, (axes, image, row) in enumerate(zip(grid, images, rows)):
-        target, true = row["target"], row["true"]
-        cams, lead = upsample(maps[i].clamp(min=0)), upsample(maps[i, :1] - maps[i, 1:])
-        overlays = [*(cams / cams.max().clamp(min=1e-12)), *(lead / lead.abs().max().clamp(min=1e-12))]
-        asked = "predicted" if target == row["predicted"] else "asked"
-        weak = "" if row["map_max"] > 0 else ", no positive evidence"
-        texts = [f"{asked}: {target}\n{100 * row['target_probability']:.1f} %{weak}"]
-        if target != true:
-            texts += [f"true: {true}\n{100 * row['true_probability']:.1f} %", f"{target}\nrather than {true}"]
-        caption = captions[i] if captions else f"image {i}"
-        axes[0].imshow(image)
-        axes[0].set_title(caption if labels is None else f"{caption}\ntrue: {true}", fontsize=9)
-        for axis, overlay, (lowest, colours), text in zip(axes[1:], overlays, scales, texts):
-            axis.imshow(image.float().mean(-1), cmap="gray", vmin=0, vmax=255)
-            axis.imshow(overlay, vmin=lowest, vmax=1, cmap=colours, alpha=0.6, interpolation="bilinear")
-            axis.set_title(text, fontsize=9)
-    for column, text in ((1, "Grad-CAM (1: row's top)"), (3, "difference (1: largest)"))[: columns // 2]:
-        overlay = next(axis.images[1] for axis in grid[:n, column] if axis.images)
-        grid[n, column].axis("on")
-        figure.colorbar(overlay, cax=grid[n, column], orientation="horizontal", label=text)
-    return figure
 
 
 # ---- the command line -----------------------------------------------------------------------------------
@@ -467,10 +384,11 @@ def picture(model, images, labels=None, target="predicted", layer="layer4", name
 def parse_args(argv):
     parser = utils.ArgumentParser(__file__, __doc__)
     add = parser.add_argument
-    add("run", metavar="RUN", help="run directory of train.py")
+    add("run", metavar="RUN", nargs="?", help="run directory of train.py (default: the run trained last)")
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--index", type=int, nargs="+", metavar="I", help="test images, from 0, up to 64")
     which.add_argument("--image", metavar="FILE", help="a picture file instead of test images")
+    add("--compare", metavar="RUN", help="another run: draw also its map for the class that it predicts")
     add("--target", default="predicted", help="class to explain: predicted, true, or its name or number")
     add("--layer", help="a module, such as layer3 or layer4.0 (default: the last that has a map)")
     utils.add_common_flags(parser)
@@ -493,13 +411,75 @@ def class_label(text, names):
     raise ScriptError(f"--target {text} is no class; use a number in 0..{len(names) - 1} or a name, such as {near}")
 
 
-def read_failures(run_dir, checkpoint):
-    """The rows of failures.csv as dicts, if they come from this best.pt, whose SHA-256 is given."""
-    path, made_by = run_dir / "failures.csv", f"python failures.py {utils.quote(run_dir)}"
+class Run:
+    """A run's network, and what it takes to explain it. text: as typed. layer: None takes the last that has a map."""
+
+    def __init__(self, text, layer, device, writable=True):
+        self.folder, self.config = utils.open_run(text, writable)
+        self.name, self.dataset = utils.plain(self.folder.resolve().name), self.config["dataset"]
+        self.names = class_names(self.dataset)
+        self.model, checkpoint = utils.load_best(self.folder, device)
+        self.args, self.sha256 = checkpoint["args"], checkpoint["sha256"]  # of train.py; of what was loaded
+        last = LAST_MAP[self.args["model"]]
+        self.layer = layer or last
+        try:
+            grad_cam(self.model, torch.zeros(1, 3, 32, 32), torch.tensor([0]), self.layer)
+        except ValueError as error:
+            raise ScriptError(f"--layer {self.layer}: {error}; try {last}") from None
+
+
+def draw(path, run, other, images, labels, target, captions, what=""):
+    """Save the picture() of these images."""
+    title = f"{MODELS[run.args['model']]} trained on {TITLES[run.dataset]}, run {run.name}{what}"
+    title += f"\nother run: {other.name}" if other else ""
+    pair = (other.model, other.layer) if other else None
+    utils.save_figure(path, picture, run.model, images, labels, target, run.layer, run.names, captions, title, pair)
+    if path.exists():
+        print(f"wrote {utils.quote(path)}")
+
+
+def explain_file(run, other, target, path):
+    """--image: print and return the five likeliest classes, and draw the maps."""
+    pixels, path = read_image(path), Path(utils.plain(path))
+    top = predict_image(run.model, pixels, run.names)
+    print(f"{path.name}: the network sees its central square, on white, in 32x32 pixels")
+    for name, p in top:
+        print(f"  {100 * p:5.1f} %  {name}")
+    # Two pictures may have one name, in two folders: the checksum of their pixels tells them apart.
+    drawing = run.folder / f"gradcam-{path.stem[:40]}-{zlib.crc32(pixels):08x}.png"
+    draw(drawing, run, other, pixels, None, target, [path.name])
+    return top
+
+
+def caption(dataset, index, name):
+    """The words above a test image; name: its true class."""
+    upheld = votes(index) if dataset == "cifar100" else None
+    doubt = f"\nlabel doubtful: {upheld} of 5" if upheld is not None and upheld < 3 else ""
+    return f"test image {index}\ntrue: {name}{doubt}"
+
+
+def explain_test_images(run, other, target, test_set, index, shown, stem, what):
+    """Write stem.csv of the test images in index, and stem.png of those shown; returns the rows."""
+    images, labels = test_set
+    rows, _ = explain(run.model, images[index], labels[index], target, run.layer, run.names)
+    rows = [{"index": i, **row, "checkpoint": run.sha256} for i, row in zip(index, rows)]
+    table, drawing = run.folder / f"{stem}.csv", run.folder / f"{stem}.png"
+    if utils.write_csv(table, rows):
+        drawing.unlink(missing_ok=True)  # it shows other maps
+    empty = sum(row["map_max"] <= 0 for row in rows)
+    print(f"wrote {utils.quote(table)}\n  {empty} of {len(rows)} maps have no positive evidence for their target")
+    captions = [caption(run.dataset, i, run.names[labels[i]]) for i in shown]
+    draw(drawing, run, other, images[shown], labels[shown], target, captions, what)
+    return rows
+
+
+def read_failures(run):
+    """The rows of failures.csv as dicts, if they and the logits come from the best.pt that was loaded."""
+    path, made_by = run.folder / "failures.csv", f"python failures.py {utils.quote(run.folder)}"
     columns = {"index": int, "true": str, "representative": int, "checkpoint": str}
     rows = utils.read_csv(path, made_by, "a list of failures", columns)
-    if any(row["checkpoint"] != checkpoint for row in rows):
-        utils.checkpoint_id(run_dir)  # names evaluate.py if the logits, too, come from another best.pt
+    known = {utils.checkpoint_id(run.folder), *(row["checkpoint"] for row in rows)}
+    if known != {run.sha256}:
         raise ScriptError(f"{path} comes from another best.pt; run {made_by} again")
     index = {row["index"] for row in rows} & set(range(10_000))
     if len(index) < len(rows) or (rows and not any(row["representative"] for row in rows)):
@@ -507,107 +487,51 @@ def read_failures(run_dir, checkpoint):
     return rows
 
 
-class Subject:
-    """What the command line asks about: a run's network, its data set, a target and a layer."""
+def explain_failures(run, other, target, test_set, failures):
+    """Maps, sanity checks and attention for the rows of failures.csv; returns the rows of gradcam.csv."""
+    images, labels = test_set
+    index = [row["index"] for row in failures]
+    if [run.names[label] for label in labels[index]] != [row["true"] for row in failures]:
+        run_dir = utils.quote(run.folder)
+        again = f"run python evaluate.py {run_dir}, then python failures.py {run_dir}"
+        raise ScriptError(f"{run.folder}/failures.csv does not fit this data set; {again}")
+    shown = [row["index"] for row in failures if row["representative"]]
+    rows = explain_test_images(run, other, target, test_set, index, shown, "gradcam", ": confident mistakes")
 
-    def __init__(self, args):
-        self.device = utils.select_device(args.device)
-        self.run_dir, config = utils.open_run(args.run)
-        self.dataset, self.data_dir = utils.dataset_of(self.run_dir, config, args)
-        self.data_flag = utils.data_flag(args)
-        self.names = class_names(self.dataset)
-        self.target = args.target if args.target in ("predicted", "true") else class_label(args.target, self.names)
-        self.model, checkpoint = utils.load_best(self.run_dir, self.device)
-        self.trained = checkpoint["args"]  # train.py's arguments
-        last = LAST_MAP[self.trained["model"]]
-        self.layer = args.layer or last
-        try:
-            grad_cam(self.model, torch.zeros(1, 3, 32, 32, device=self.device), torch.tensor([0]), self.layer)
-        except ValueError as error:
-            raise ScriptError(f"--layer {self.layer}: {error}; try {last}") from None
+    attention = measure_attention(run, index, test_set)
+    utils.write_csv(run.folder / "attention.csv", attention)
+    print(f"wrote {utils.quote(run.folder / 'attention.csv')}")
+    print_attention(attention)
 
-
-def draw(subject, images, labels, captions, what, name):
-    """Save the picture() of these images in the run directory."""
-    s = subject
-    title = f"{MODELS[s.trained['model']]} trained on {TITLES[s.dataset]}, run {s.run_dir.resolve().name}{what}"
-    figure = picture(s.model, images, labels, s.target, s.layer, s.names, captions, title)
-    utils.save_figure(figure, s.run_dir / name)
-    print(f"wrote {s.run_dir / name}")
-
-
-def explain_file(subject, path):
-    """--image: print and return the five likeliest classes, and draw the maps."""
-    pixels, words = read_image(path)
-    top = predict_image(subject.model, pixels, subject.names)
-    words += "; the network sees its central square, on white, in RGB 32x32"
-    print(textwrap.fill(f"{path.name}: {words}", 79))
-    for name, p in top:
-        print(f"  {100 * p:5.1f} %  {name}")
-    draw(subject, torch.from_numpy(pixels)[None], None, [path.name.replace("$", r"\$")], "", f"gradcam-{path.stem}.png")
-    return top
-
-
-def explain_test_images(subject, index):
-    """Maps for these test images, or for the run's failures if index is empty; returns the rows of gradcam.csv."""
-    run_dir, run = subject.run_dir, utils.quote(subject.run_dir)
-    checkpoint = utils.sha256(run_dir / "best.pt")
-    failures = [] if index else read_failures(run_dir, checkpoint)
-    index = index or [row["index"] for row in failures]
-    if not index:
-        print(f"{run_dir}/failures.csv is empty: no mistake is above the threshold.")
-        print("A lower --threshold of failures.py lists some. To explain other images,")
-        print(f"next: python gradcam.py {run} --index 0 1 2{subject.data_flag}")
-        return []
-    images, labels = load_dataset(subject.dataset, subject.data_dir, train=False)
-    rows, _ = explain(subject.model, images[index], labels[index], subject.target, subject.layer, subject.names)
-    if failures and [row["true"] for row in rows] != [row["true"] for row in failures]:
-        again = f"python evaluate.py {run}, then python failures.py {run}"
-        raise ScriptError(f"{run_dir}/failures.csv does not fit this data set; run {again}")
-    rows = [{"index": i} | row for i, row in zip(index, rows)]
-    utils.write_csv(run_dir / "gradcam.csv", rows)
-    print(f"wrote {run_dir / 'gradcam.csv'}")
-    empty = sum(row["map_max"] <= 0 for row in rows)
-    print(f"  {empty} of {len(rows)} maps have no positive evidence for their target")
-    shown = [row["index"] for row in failures if row["representative"]] or index
-    what = ": confident mistakes on test images" if failures else ": test images"
-    draw(subject, images[shown], labels[shown], [f"test image {i}" for i in shown], what, "gradcam.png")
-    if failures:
-        report_attention(subject, index, (images, labels), checkpoint)
-        print(f"next: python evaluate.py {run}")
+    some = index[:: math.ceil(len(index) / BATCH)]  # at most 100, evenly spread
+    classes = probabilities(run.model, images[some]).argmax(1)
+    for name, rho in sanity_checks(run.model, run.args, images[some], classes).items():
+        verdict = "at most 0.5: the maps change" if rho <= SANITY_LIMIT else "above 0.5: the maps support no claim"
+        print(f"sanity: {name}: mean |rho| {rho:.2f}, {verdict}")
     return rows
 
 
-def report_attention(subject, failures, test_set, checkpoint):
-    """Measure attention.csv, unless it fits these failures (n,); print what it says and the sanity checks."""
-    model, trained = subject.model, subject.trained
-    path, layer = subject.run_dir / "attention.csv", ATTENTION_LAYER[trained["model"]]
-    rows = saved_attention(path, failures, checkpoint)
-    if rows:
-        print(f"\nattention at {layer} as measured before (to repeat it, delete attention.csv)")
-    else:
-        print(f"\nattention at {layer}, measured now (Ctrl-C keeps the above)", flush=True)
-        rows = measure_attention(subject, layer, failures, test_set, checkpoint)
-        utils.write_csv(path, rows)
-        print(f"wrote {path}")
-    print(attention_table(rows))
-
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(0)
-        untrained = make_model(trained["model"], width=trained["width"]).to(subject.device).eval()
-    images = test_set[0][failures[:: math.ceil(len(failures) / BATCH)]]  # at most 100, evenly spread
-    sanity = sanity_checks(model, untrained, images, probabilities(model, images).argmax(1), layer)
-    print(sanity_in_words(sanity))
-    print("Border is not background, and occluded images are unlike the training images.")
-
-
 def main(argv=None):
-    """Returns the rows of gradcam.csv as dicts; with --image, the five likeliest [(class, probability)]."""
+    """Returns the rows of the csv file as dicts; with --image, the five likeliest [(class, probability)]."""
     args = parse_args(argv)
-    subject = Subject(args)
+    device = utils.select_device(args.device)
+    run = Run(args.run, args.layer, device)
+    target = args.target if args.target in ("predicted", "true") else class_label(args.target, run.names)
+    other = Run(args.compare, args.layer, device, writable=False) if args.compare else None
+    if other and (other.folder.resolve() == run.folder.resolve() or other.dataset != run.dataset):
+        raise ScriptError(f"--compare {args.compare} must be another run, trained on the same data set")
     if args.image is not None:
-        return explain_file(subject, Path(args.image).expanduser())
-    return explain_test_images(subject, args.index)
+        return explain_file(run, other, target, args.image)
+    failures = [] if args.index else read_failures(run)
+    test_set = load_dataset(*utils.dataset_of(run.config, args), train=False) if args.index or failures else None
+    if args.index:
+        return explain_test_images(run, other, target, test_set, args.index, args.index, "gradcam-index", "")
+    rows = explain_failures(run, other, target, test_set, failures) if failures else []
+    if not failures:
+        print(f"{utils.quote(run.folder)}/failures.csv is empty: no mistake is above the threshold.")
+        print("A lower --threshold of failures.py lists some; --index explains other images.")
+    print(f"next: python evaluate.py {utils.quote(run.folder)}{utils.data_flag(args)}")
+    return rows
 
 
 if __name__ == "__main__":
