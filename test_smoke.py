@@ -45,7 +45,6 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from PIL import Image
-from torch.utils._pytree import tree_leaves, tree_map_only
 from torchvision.io import decode_jpeg, encode_jpeg
 from torchvision.models.vision_transformer import Encoder
 from torchvision.transforms import functional as TF
@@ -179,43 +178,50 @@ def test_model_first_weights():
 # ---- train: the parts ----------------------------------------------------------------------------------------------
 
 
-def test_train_defaults_and_run_names():
-    """The study's settings, and a name that is a function of the flags."""
-    args = train.parse_args([])
-    assert (args.epochs, args.val_size, args.patience, args.lr, args.weight_decay) == (40, 10_000, 6, 0.01, 5e-4)
-    assert (args.momentum, args.batch_size, args.seed, args.warmup_epochs, args.width) == (0.9, 128, 42, 5, 64)
-    args = train.parse_args(["--model", "cct", "--epochs", "12"])
-    assert (args.lr, args.weight_decay, args.warmup_epochs) == (1e-3, 0.05, 1.5)
-    for flags, name in (
-        ("--seed 43", "baseline-seed43"),
+def test_train_presets_and_run_names():
+    """The study's settings, what --quick and cct change, and a name that is a function of the flags."""
+    flags = "epochs lr weight_decay warmup_epochs width limit val_size patience momentum batch_size seed".split()
+    for given, wanted in (
+        ("", (40, 0.01, 5e-4, 5, 64, None)), ("--quick", (4, 0.1, 5e-4, 0.5, 16, 10_000)),
+        ("--model cct --epochs 12", (12, 1e-3, 0.05, 1.5, 64, None)), ("--quick --lr 1", (4, 1, 5e-4, 0.5, 16, 10_000)),
+    ):  # fmt: skip
+        args = vars(train.parse_args(given.split()))
+        assert tuple(args[flag] for flag in flags) == (*wanted, 10_000, 6, 0.9, 128, 42), given
+    real = new_folder("real data/cifar-100-python").parent
+    for given, name in (
+        ("--seed 43 --width 16 --lr 0.1 --patience 0", "baseline-lr0.1-patience0-seed43-width16"),
         ("--smoothing 0.1 --weight-decay 1e-3 --epochs 6", "smoothing0.1-epochs6-weight-decay0.001"),
         ("--smoothing 0.1 --epochs 12 --lr 0.1 --warmup-epochs 1.5", "smoothing0.1-epochs12-lr0.1"),
         ("--dataset synthetic --limit 500 --deterministic", "synthetic-baseline-limit500-deterministic"),
-        ("--device cpu --resume --val-size 10000", "baseline"),
-        ("--cutmix 1 --mixup 0.2", "baseline-mixup0.2-cutmix1"),
-        ("--model cct --lr 0.01", "baseline-lr0.01-modelcct"),
+        ("--device cpu --resume --val-size 10000", "baseline"), ("--cutmix 1 --mixup 0.2", "baseline-mixup0.2-cutmix1"),
+        ("--model cct --lr 0.01", "baseline-lr0.01-modelcct"), ("--quick --dataset synthetic", "synthetic-quick"),
         ("--quick --smoothing 0.1 --lr 0.01", "quick-smoothing0.1-lr0.01"),
-    ):
-        assert train.parse_args(flags.split()).output_dir == str(Path("runs") / name), flags
-
-
-def test_train_quick_takes_what_is_there():
-    """Never downloads: CIFAR-100 if it is found, else the synthetic stand-in; other flags override what it sets."""
-    here, nowhere = new_folder("has data/cifar-100-python").parent, SCRATCH / "no such folder"
-    for folder, flags, wanted in (
-        (nowhere, "", ("synthetic", 16, 10_000, 4, 0.1)),
-        (here, "", ("cifar100", 16, 10_000, 4, 0.1)),
-        (here, "--dataset synthetic --width 8 --lr 0.2", ("synthetic", 8, 10_000, 4, 0.2)),
-        (nowhere, "--epochs 2 --limit 5 --batch-size 2", ("synthetic", 16, 5, 2, 0.1)),
-    ):
-        args = train.parse_args(["--quick", "--data-dir", str(folder), *flags.split()])
-        assert (args.dataset, args.width, args.limit, args.epochs, args.lr) == wanted, flags
-    refused(train.main, ["--quick", "--dataset", "cifar100", "--data-dir", SCRATCH], 2, "--data-dir", "--quick")
-    refused(train.main, ["--data-dir", nowhere], 2, "--data-dir", "--quick", "no such folder")
+    ):  # fmt: skip
+        args = train.parse_args([*given.split(), "--data-dir", real])
+        assert args.output_dir == str(Path("runs") / name), given
+    scripts = {"data", "evaluate", "failures", "gradcam", "model", "train", "utils"}
+    assert not [name for name in scripts if callable(vars(train).get(name))]  # `%run train.py` hides no module
     shown = script("train.py", "--help", COLUMNS="80").stdout
     assert max(map(len, shown.splitlines())) <= 79, shown
-    for words in ("width 16, 10,000 images, 4 epochs, lr 0.1;", "AdamW: lr 1e-3, decay 0.05"):
+    for words in ("width 16, 10,000 images, 4 epochs, lr 0.1;", "AdamW: lr 1e-3, decay 0.05", "(default: 0.0005)"):
         assert words in " ".join(shown.split()), words
+
+
+def test_train_takes_the_data_that_are_there():
+    """--quick never downloads; a folder that was named is taken or refused, never left for another."""
+    below, nowhere, empty = new_folder("below/some/cifar-100-python"), SCRATCH / "no such folder", new_folder("empty")
+    for name in ("train", "test", "meta"):
+        (below / name).touch()
+    named = ["--data-dir", below.parent.parent]
+    for given, dataset in (
+        (["--quick"], "synthetic"), ([], "cifar100"), ([*named, "--quick"], "cifar100"), (named, "cifar100"),
+        ([*named, "--dataset", "synthetic"], "synthetic"),
+        (["--data-dir", nowhere, "--data-url", "http://127.0.0.1:9/x"], "cifar100"),
+    ):  # fmt: skip
+        with replaced(train, "find_cifar100", train.find_cifar100 if "--data-dir" in given else lambda folder: None):
+            assert train.parse_args(given).dataset == dataset, given
+    for folder, flags in itertools.product((nowhere, empty), (["--quick"], [], ["--quick", "--dataset", "cifar100"])):
+        refused(train.main, [*flags, "--data-dir", folder], 2, "no CIFAR-100", str(folder), "--data-dir", "--quick")
 
 
 def test_train_precision():
@@ -226,6 +232,7 @@ def test_train_precision():
     for name, capability, dtype in (
         ("Tesla T4", (7, 5), torch.float16), ("Tesla V100-SXM2-16GB", (7, 0), torch.float16),
         ("NVIDIA GeForce GTX 1660 Ti", (7, 5), None), ("NVIDIA T1000", (7, 5), None),  # as a T4 on paper, but NaN
+        ("NVIDIA GeForce MX450", (7, 5), None), ("NVIDIA T500", (7, 5), None), ("NVIDIA GeForce MX550", (7, 5), None),
         ("Tesla P100-PCIE-16GB", (6, 0), None), ("NVIDIA A100", (8, 0), torch.bfloat16),
     ):  # fmt: skip
         known = replaced(torch.cuda, "get_device_capability", lambda device: capability)
@@ -240,12 +247,11 @@ def test_train_optimizer_is_torch_s_also_after_an_overflow():
     for name, options in (("SGD", {"momentum": 0.8, "nesterov": True}), ("AdamW", {"betas": (0.8, 0.999)})):
         weights = []
         for ours, factors in ((False, [1, 2, 3]), (True, [1, 2, 3]), (True, [math.inf, 1, 2, 3])):
-            model = torch.nn.Linear(3, 2, bias=False)
+            model, scaler = torch.nn.Linear(3, 2, bias=False), torch.amp.GradScaler("cpu", init_scale=4.0)
             torch.nn.init.ones_(model.weight)
             optimizer = getattr(torch.optim, name)(model.parameters(), lr=0.1, weight_decay=0.05, **options)
             if ours:
                 optimizer = train.make_optimizer(model, 0.1, 0.8, 0.05, adamw=name == "AdamW")
-            scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
             for factor in factors:
                 optimizer.zero_grad()
                 scaler.scale(factor * model(torch.ones(1, 3)).sum()).backward()
@@ -301,7 +307,7 @@ def bits_of(value):
     if isinstance(value, torch.Tensor):
         return value.dtype, value.shape, value.numpy().tobytes()
     if isinstance(value, dict):
-        left_out = {"seconds", "images_per_second", *utils.PLACES}
+        left_out = {"seconds", "images_per_second", "sha256", *utils.PLACES}
         return {key: bits_of(item) for key, item in value.items() if key not in left_out}
     return [bits_of(item) for item in value] if isinstance(value, (list, tuple)) else value
 
@@ -341,80 +347,115 @@ def change_last(run_dir, **changes):
 
 def test_train_resume_is_the_same_run_bit_for_bit():
     """Killed where it hurts, before and after each file is moved into place, again and again; then continued."""
-    last_before, last_after = ("last.pt", "before"), ("last.pt", "after")
+    last_before, last_after, best_after = ("last.pt", "before"), ("last.pt", "after"), ("best.pt", "after")
     for n, (kills, flags, where) in enumerate((
-        ([("best.pt", "after"), last_before], "", "nothing to resume yet"),  # the first best.pt alone
-        ([last_after, ("log.csv", "before"), last_before], "", "after epoch 2"),
+        ([last_before, last_after, last_before], "", "best.pt is missing"),  # the first last.pt alone
+        ([best_after, ("log.csv", "before"), last_before], "", "after epoch 2"),
         ([last_after, last_before], "--model cct --mixup 0.4 --cutmix 1 --smoothing 0.1", "after epoch 1"),
     )):
-        run_dir, again = SCRATCH / f"killed {n}", [f"killed {n}", *flags.split(), "--resume"]
+        run_dir, again, printed = SCRATCH / f"killed {n}", [f"killed {n}", *flags.split(), "--resume"], io.StringIO()
         for name, moment in kills:
-            with raises(Killed), fails_at(name, moment, Killed):
-                trained(*again)
+            with raises(Killed), fails_at(name, moment, Killed), contextlib.redirect_stdout(printed):
+                train.main(command(*again))
         for name in (".best.pt.123.partial", ".test_logits.npy.123.partial"):
             (run_dir / name).write_text("left behind by a kill while writing")
+        if n == 1:
+            shutil.copy(undisturbed() / "best.pt", run_dir)  # of epoch 3, before last.pt: an earlier train.py, killed
         done = script("train.py", *command(*again))  # as after a real kill: nothing of the old process is left
-        assert done.returncode == 0 and not done.stderr and where in done.stdout, done
+        assert done.returncode == 0 and not done.stderr and where in printed.getvalue() + done.stdout, done
         assert same_run(run_dir, undisturbed(*flags.split())) and ("dominant" in done.stdout) == ("mixup" in flags), n
         assert [path.name for path in run_dir.glob(".*.partial")] == [".test_logits.npy.123.partial"]  # not train.py's
 
 
-def test_train_resumes_a_run_of_the_first_version():
-    """Its args lack the newer flags; and it began on a Mac: not fused, momentum not channels_last."""
-    run_dir = interrupted_run("first version")
-    checkpoint = utils.load_checkpoint(run_dir / "last.pt")
-    old = {key: value for key, value in checkpoint["args"].items() if key not in {*utils.NEWER_FLAGS, "quick"}}
-    for group in checkpoint["optimizer"]["param_groups"]:
-        group["fused"] = False
-    for state in checkpoint["optimizer"]["state"].values():
-        state["momentum_buffer"] = state["momentum_buffer"].contiguous()
-    change_last(run_dir, args=old | {"warmup_epochs": 1, "data_dir": "data"}, optimizer=checkpoint["optimizer"])
-    refused(train.main, command("first version", "--cutmix", "1", "--resume"), 2, "--cutmix 0.0, not 1.0")
-    refused(train.main, command("first version", "--model", "cct", "--resume"), 2, "--model resnet18, not cct")
-    forgetful = shutil.copytree(run_dir, SCRATCH / "no momentum")
-    trained("first version", "--resume")
+def test_train_resumes_a_run_of_earlier_flags_and_of_a_mac():
+    """Its args lack some and hold places; its optimizer was not fused, its momentum not channels_last."""
+    run_dir = interrupted_run("older")
+    for file in ("last.pt", "best.pt"):
+        content = utils.load_checkpoint(run_dir / file)
+        assert not set(content["args"]) & utils.PLACES  # a published checkpoint names nobody's folders
+        older = {flag: value for flag, value in content["args"].items() if flag not in utils.NEWER_FLAGS}
+        content["args"] = older | {"data_dir": "/home/somebody/data"}
+        for state in content.get("optimizer", {"state": {}})["state"].values():
+            state["momentum_buffer"] = state["momentum_buffer"].contiguous()
+        content.get("optimizer", {})["param_groups"] = [{"fused": False, "lr": "x"}] * 3  # never read
+        train.save_checkpoint(run_dir / file, content)
+    refused(train.main, command("older", "--cutmix", "1", "--resume"), 2, "--cutmix 0.0, not 1.0")
+    trained("older", "--resume")
     assert same_run(run_dir)
-    groups = utils.load_checkpoint(run_dir / "last.pt")["optimizer"]["param_groups"]
-    assert all(group["fused"] for group in groups)  # a GradScaler needs the new device's choice
-    change_last(forgetful, optimizer=checkpoint["optimizer"] | {"state": {}})
-    trained("no momentum", "--resume")
-    assert not same_run(forgetful)  # so the comparison notices such a loss
 
 
-def test_train_resume_says_what_it_does():
-    run_dir = interrupted_run("says")
-    good, again = (run_dir / "last.pt").read_bytes(), command("says", "--resume")
-    config = (run_dir / "config.json").read_bytes()
-    for damage in ({}, {"state": {}, "param_groups": []}):
-        change_last(run_dir, optimizer=damage)
-        refused(train.main, again, 2, "incomplete")
-    change_last(run_dir, split=1)
-    refused(train.main, again, 2, "NumPy splits images")
+def test_train_resume_refuses_what_is_not_its_own():
+    run_dir = interrupted_run("mine")
+    good, again = (run_dir / "last.pt").read_bytes(), command("mine", "--resume")
+    config, history = (run_dir / "config.json").read_bytes(), utils.load_checkpoint(run_dir / "last.pt")["history"]
+    for changes, word in (
+        ({"history": []}, "history"), ({"history": history * 2}, "history"), ({"history": "x"}, "history"),
+        ({"history": [history[0] | {"val_acc": math.nan}]}, "NaN"), ({"history": [{"epoch": 1}]}, "history"),
+        ({"finished": torch.ones(2)}, "bad"), ({"split": "x"}, "bad"), ({"split": 1}, "NumPy splits images"),
+        ({"optimizer": {}}, "last.pt to continue from"), ({"setup": None}, "last.pt to continue from"),
+    ):  # fmt: skip
+        change_last(run_dir, **changes)
+        refused(train.main, again, 2, word)
+        (run_dir / "last.pt").write_bytes(good)
+    for change in ("--lr 0.2", "--seed 1", "--epochs 4", "--smoothing 0.1", "--amp off"):
+        refused(train.main, [*again, *change.split()], 2, f"was started with {change.split()[0]}", change.split()[1])
+    refused(train.main, command("mine"), 2, "--resume", "already holds a run")
     shutil.copy(run_dir / "best.pt", run_dir / "last.pt")
     refused(train.main, again, 2, "weights only")
     (run_dir / "last.pt").unlink()
     refused(train.main, again, 2, "no last.pt")
-    refused(train.main, command("says"), 2, "--resume", "already holds a run")
     (run_dir / "last.pt").write_bytes(good)
-    for change in ("--lr 0.2", "--seed 1", "--epochs 4", "--smoothing 0.1", "--amp off"):
-        refused(train.main, [*again, *change.split()], 2, f"was started with {change.split()[0]}", change.split()[1])
     assert (run_dir / "config.json").read_bytes() == config  # no refusal has changed anything
-    change_last(run_dir, setup=utils.load_checkpoint(run_dir / "last.pt")["setup"] | {"torch": "2.0"})
-    _, printed = trained("says", "--resume")
-    for words in ("resuming after epoch 1", "torch was 2.0", "not be bit-identical"):
+    shutil.copy(undisturbed("--smoothing", "0.1") / "best.pt", run_dir)  # last.pt's epoch is the best so far
+    change_last(run_dir, setup=utils.load_checkpoint(run_dir / "last.pt")["setup"] | {"torch": "2.0", "numpy": "1"})
+    _, printed = trained("mine", "--resume")
+    assert printed.count("warning") == 1, printed
+    for words in ("of another run", "written again", "after epoch 1", "torch was 2.0", "not be bit-identical"):
         assert words in printed, printed
-    assert "already finished after epoch 3" in trained("says", "--resume")[1]
+    assert same_run(run_dir) and "already finished after epoch 3" in trained("mine", "--resume")[1]
 
 
-def test_train_stops_early_and_tells_a_cpu_user_of_quick():
-    flags = "--epochs 999999 --patience 2 --lr 1e-9 --limit 44 --batch-size 4".split()  # days; learns nothing
+def test_train_restore_trusts_no_tensor():
+    """Fused kernels would read and write past the end of a momentum of another shape or dtype."""
+    path, ones = undisturbed() / "last.pt", torch.ones(2, 3)
+    wrong = torch.ones(1), ones.double(), ones.to_sparse(), ones.to("meta"), "x", None
+    for adamw, name in ((False, "momentum_buffer"), (True, "exp_avg_sq"), (True, "step")):
+        model, scaler = torch.nn.Linear(3, 2), torch.amp.GradScaler("cpu")
+        optimizer = train.make_optimizer(model, 0.1, 0.9, 0, adamw)
+        scale, states = scaler.state_dict(), optimizer.state_dict()["state"]
+
+        def restore(changes):
+            good = {"epoch": 1, "setup": {"device": "cpu"}, "model": model.state_dict(), "scaler": scale}
+            train.restore(good | changes, path, {"device": "cpu"}, model, optimizer, scaler)
+
+        def momentum(value):
+            return {"optimizer": {"state": {**states, 0: states[0] | {name: value}}}}
+
+        right = momentum(torch.full_like(states[0][name], 7.0))
+        damages = [*map(momentum, wrong), {"optimizer": {"state": {0: states[0]}}}, right | {"scaler": {"scale": 1.0}}]
+        damages += [right | {"scaler": scale | {"scale": value}} for value in (math.nan, 0.0, "x")]
+        for changes in damages:
+            refused(restore, changes, 2, "last.pt to continue from")
+        quietly(restore, right)
+        assert (optimizer.state[model.weight][name] == 7).all(), name
+
+
+def test_train_stops_early_tells_a_cpu_user_and_keeps_the_best():
+    flags = "--epochs 999999 --patience 2 --lr 1e-9 --limit 44 --batch-size 4 --width 17".split()  # learns nothing
     run_dir, printed = trained("early", *flags)
-    best = utils.load_checkpoint(run_dir / "best.pt")
-    accuracies = [float(row["val_acc"]) for row in read_csv(run_dir / "log.csv")]
+    best, log = utils.load_checkpoint(run_dir / "best.pt"), read_csv(run_dir / "log.csv")
+    accuracies = [float(row["val_acc"]) for row in log]
     assert best["epoch"] == len(accuracies) - 2 and f"in epoch {best['epoch']};" in printed
     assert best["val_acc"] == max(accuracies) == accuracies[best["epoch"] - 1]
-    assert printed.count("for a first look: python train.py --quick") == 1, printed
+    for hint in ("for a first look: python train.py --quick", "in 20 minutes a run: --width 16 --lr 0.1"):
+        assert printed.count(hint) == 1, printed
     assert train.best_of([{"epoch": 1, "val_acc": 0.5}, {"epoch": 2, "val_acc": 0.5}])["epoch"] == 1  # not better
+    own = (run_dir / "best.pt").read_bytes()  # its weights are nowhere else, so a resume needs it
+    for other in (undisturbed() / "best.pt", run_dir / "log.csv", None):
+        (run_dir / "best.pt").write_bytes(other.read_bytes()) if other else (run_dir / "best.pt").unlink()
+        refused(train.main, command("early", *flags, "--resume"), 2, "best.pt", f"epoch {best['epoch']}, the best")
+    (run_dir / "best.pt").write_bytes(own)
+    assert "already finished" in trained("early", *flags, "--resume")[1]
 
 
 def test_train_loop_equals_a_plain_one():
@@ -463,111 +504,51 @@ def test_train_loop_equals_a_plain_one():
 
 
 def test_train_failures_are_one_line_and_save_nothing():
-    """Divergence; a compiler that fails, but not another error; a full disk. The folder stays as good as empty."""
-    from torch._dynamo.exc import BackendCompilerFailed
-
+    """Divergence, at once or after the last loss; Ctrl-C; a full disk. The folder stays as good as empty."""
     argv = command("failed")
     refused(train.main, [*argv, "--lr", "1e30", "--momentum", "0.99"], 1, "diverged", "--lr")
     one_step = "--lr 1e30 --limit 100 --warmup-epochs 0".split()  # its weights blow up after its only loss
-    refused(train.main, [*argv, *one_step], 1, "diverged", "--lr")
-    refused(lambda argv: train.check_finite(math.nan, torch.float16, 7, [{}]), [], 1, "--amp off", "step 7", "epoch 1")
-    no_compiler = BackendCompilerFailed.__new__(BackendCompilerFailed, "no C++ compiler")  # of any version
-    for error, word in ((no_compiler, "C++"), (RuntimeError("torch.compile is not supported on Python 3.99"), "3.99")):
-        with replaced(torch, "compile", unittest.mock.Mock(side_effect=error)):
-            refused(train.main, [*argv, "--compile"], 1, "--compile", word)
-    with replaced(torch, "compile", unittest.mock.Mock(side_effect=MemoryError)), raises(MemoryError):
-        quietly(train.main, [*argv, "--compile"])
+    refused(train.main, [*argv, *one_step], 1, "diverged", "--lr", "nothing was saved")
+    refused(lambda loss: train.check_finite(loss, 2, 7), math.nan, 1, "--amp off", "step 7", "epoch 1")
     assert not list(interrupted_run("failed", "config.json", "stopped in epoch 1; nothing was saved").glob("*.pt"))
     with fails_at("last.pt", "before", PermissionError(13, "Permission denied")):
         refused(train.main, argv, 1, "last.pt", "Permission denied")
 
 
-def test_train_goes_on_within_79_columns_when_its_log_cannot_be_written():
-    """log.csv open in Excel on Windows: a warning an epoch and at the end. Nothing printed is too wide."""
+def test_train_goes_on_within_79_columns_when_nothing_but_checkpoints_can_be_written():
+    """log.csv held by Excel or a scanner, no pictures, a clock that stands still, a link for a lock, an odd name."""
     row = {"epoch": 1, "lr": 0.00929, "train_loss": 4.6051, "train_acc": 1.0, "val_loss": 12.34567, "val_acc": 1.0}
     line = train.epoch_line(row | {"seconds": 4567.8, "images_per_second": 123456.7}, row | {"epoch": 100}, 100)
     assert max(map(len, [line, *train.HEADER.splitlines()])) <= 79 and line.endswith("  125 h 36 min"), line
-    longest = replaced(utils, "device_name", lambda device: "NVIDIA GeForce RTX 4070 Laptop GPU")
-    with longest, fails_at("log.csv", "before", PermissionError(13, "Permission denied")):
-        run_dir, printed = trained("busy", "--resume")
-    lines = printed.replace(str(run_dir), "runs/smoothing0.1").splitlines()
-    warnings = [text for text in lines if "warning: cannot write" in text]
-    assert len(warnings) == 4 and max(len(text) for text in lines if text not in warnings) <= 79, printed
-    assert "nothing to resume yet" in lines[0] and "SYNTHETIC" in lines[1], lines
+    precious, denied = SCRATCH / "precious", unittest.mock.Mock(side_effect=PermissionError(13, "Permission denied"))
+    precious.write_text("kept")
+    os.link(precious, new_folder("busy\x7f") / ".lock")
+    with (
+        replaced(utils, "device_name", lambda device: "NVIDIA GeForce RTX 4070 Laptop GPU"),
+        fails_at("log.csv", "before", PermissionError(13, "Permission denied")), replaced(Path, "unlink", denied),
+        replaced(time, "monotonic", lambda: 7.0), replaced(utils, "new_figure", denied),
+    ):  # fmt: skip
+        run_dir, printed = trained("busy\x7f", "--resume")
+    lines = printed.replace(str(run_dir)[:-1], "runs/smoothing0.1").splitlines()
+    warnings = [text for text in lines if "warning: " in text]
+    assert len(warnings) == 5 and max(len(text) for text in lines if text not in warnings) <= 79, printed
+    assert "nothing to resume yet" in lines[0] and "SYNTHETIC" in lines[1] and "\x7f" not in printed, printed
+    assert "wrote config.json, last.pt, best.pt to" in printed and precious.read_text() == "kept", printed
     config = json.loads((run_dir / "config.json").read_text())
     assert config["finished"] and Path(config["args"]["data_dir"]).is_absolute()
 
 
+def test_train_curves_have_the_same_ranges_for_every_run():
+    args = train.parse_args([*TINY, "--smoothing", "0.1", "--mixup", "1", "--epochs", "40"])
+    for value in (0.1, 0.9):
+        rows = [dict.fromkeys(train.COLUMNS, value) | {"epoch": epoch} for epoch in (1, 2)]
+        loss, accuracy = train.draw_curves("a $run", args, rows).axes
+        assert (loss.get_ylim(), accuracy.get_ylim(), loss.get_xlim()) == ((0, 4.7), (0, 100), (0.5, 40.5))
+        labels = [[text.get_text() for text in axes.get_legend().get_texts()] for axes in (loss, accuracy)]
+        assert [names[0] for names in labels] == ["training, augmented, smoothed", "training, augmented, dominant label"]
+
+
 # ---- train: devices, processes -------------------------------------------------------------------------------------
-
-
-class Elsewhere(torch.Tensor):
-    """A tensor that claims to be on another device, "meta", around one with real values on the CPU."""
-
-    @staticmethod
-    def __new__(cls, real):
-        layout = {"strides": real.stride(), "storage_offset": real.storage_offset(), "dtype": real.dtype}
-        tensor = torch.Tensor._make_wrapper_subclass(cls, real.shape, device="meta", **layout)
-        tensor.real_one = real
-        return tensor
-
-    @classmethod
-    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
-        raise AssertionError(f"{func} outside OtherDevice")
-
-
-class OtherDevice(torch.utils._python_dispatch.TorchDispatchMode):
-    """As on a GPU: tensors of both devices must not meet; float64 is not there (Apple); values are waited for."""
-
-    waits = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs = dict(kwargs or {})
-        flat = [value for value in tree_leaves((args, kwargs)) if isinstance(value, torch.Tensor)]
-        owners = {id(value.real_one): value for value in flat if type(value) is Elsewhere}
-        there, target = bool(owners), kwargs.get("device")
-        written = [id(args[0])] if func.overloadpacket.__name__.endswith("_") else []  # a number may only be read
-        here = [v for v in flat if type(v) is not Elsewhere and (v.ndim > 0 or id(v) in written)]
-        moves = func in (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default)
-        assert moves or not (here and there), f"{func}: tensors of two devices"
-        goes = there
-        if target is not None:
-            goes, kwargs["device"] = torch.device(target).type == "meta", torch.device("cpu")
-        self.waits += there and (func is torch.ops.aten._local_scalar_dense.default or not goes)
-        args, kwargs = tree_map_only(Elsewhere, lambda value: value.real_one, (args, kwargs))
-        result = func(*args, **kwargs)
-
-        def wrapped(value):
-            assert value.dtype is not torch.float64, f"{func}: float64"
-            return owners[id(value)] if id(value) in owners else Elsewhere(value)
-
-        return tree_map_only(torch.Tensor, wrapped, result) if goes else result
-
-
-def test_train_and_explain_on_another_device():
-    """What a GPU would refuse or wait for, without one: an epoch of steps, validation, maps, attention, an attack."""
-    gpu, waits, saved, run_dir = torch.device("meta"), [], {}, new_folder("elsewhere")
-    for flags in ("--limit 100", "--limit 200", "--limit 100 --mixup 0.2 --cutmix 1 --model cct"):
-        flags += " --batch-size 20 --epochs 1 --warmup-epochs 0 --width 4"
-        args = train.parse_args([*TINY, *flags.split()])
-        with (
-            replaced(torch, "autocast", lambda *args, **kwargs: contextlib.nullcontext()),
-            replaced(train, "save_checkpoint", lambda path, content: saved.update(content)),
-            OtherDevice() as mode,
-        ):
-            quietly(train.train, args, gpu, (None, "test"), run_dir, {"history": []})
-            waits.append(mode.waits)
-            model = make_model(args.model, width=4).to(gpu, memory_format=utils.memory_format(gpu))
-            pixels, classes = torch.zeros(2, 32, 32, 3, dtype=torch.uint8), torch.tensor([1, 2])
-            images, layer = data.normalize(pixels.to(gpu)), LAST_MAP[args.model]
-            maps = gradcam.grad_cam(model, images, classes, layer)
-            attacked = evaluate.attack(model, pixels.to(gpu), classes.to(gpu), 1, 2, contextlib.nullcontext)
-            assert {type(found) for found in (maps, attacked, saved["model"]["fc.weight"])} == {Elsewhere}
-            quietly(gradcam.attention_figures, model, pixels, classes, layer)
-    assert waits[0] == waits[1] == waits[2] <= 4, waits  # however many steps: numbers are read once an epoch
-    mps = utils.memory_format(torch.device("mps"))  # where batch norm's gradient is wrong in channels_last
-    with replaced(data, "memory_format", lambda device: mps):
-        assert data.normalize(torch.zeros(2, 32, 32, 3, dtype=torch.uint8)).is_contiguous()
 
 
 @not_on_windows
@@ -592,10 +573,12 @@ def test_train_bad_arguments():
         ("--val-size", "150 50000"), ("--limit", "1 40001"), ("--lr --momentum", "0 -1 nan inf"),
         ("--smoothing --momentum", "1 -0.1 nan inf 0,1"), ("--warmup-epochs", "40"), ("--seed --patience", "-1 x"),
         ("--weight-decay --mixup --cutmix --warmup-epochs", "-1 nan inf"), ("--seed", "18446744073709551616"),
-        ("--model --dataset --device", "resnet50 cuda:77"),
+        ("--model --dataset --device", "resnet34 cuda:77"), ("--output-dir --data-dir", "~nosuchuser/x"),
     ):  # fmt: skip
         for flag, value in itertools.product(flags.split(), values.split()):
             refused(train.main, ["--limit", "150", f"{flag}={value}"], 2, flag)
+    with unittest.mock.patch.dict(os.environ, WORLD_SIZE="2"):  # under torchrun
+        refused(train.main, [], 2, "a run is one process", "once per GPU")
     for flags in ("--nonsense", "--smooth 0.1", "--lr", "--amp fp16 --device cpu", f"--output-dir '{__file__}'"):
         refused(train.main, shlex.split(flags), 2, flags.split()[0])
 

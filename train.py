@@ -36,9 +36,6 @@ from utils import ScriptError, duration, require
 STUDY = {"epochs": 40, "lr": 0.01, "weight_decay": 5e-4, "width": 64, "limit": None}  # the defaults,
 QUICK = {"epochs": 4, "lr": 0.1, "width": 16, "limit": 10_000}  # those of --quick,
 ADAMW = {"lr": 1e-3, "weight_decay": 0.05}  # and those of --model cct
-FILES = ("config.json", "log.csv", "curves.png", "last.pt", "best.pt")  # that this script writes
-ANEW = "python train.py with another --output-dir", "a last.pt to continue from"  # what utils.reading() says of one
-COLUMNS = "epoch lr train_loss train_acc val_loss val_acc seconds images_per_second".split()  # of log.csv
 
 
 # ---- the recipe -----------------------------------------------------------------------------------------
@@ -249,8 +246,8 @@ class Watch(utils.Progress):
         if self.due():
             loss = loss_sum.item() / (i + 1)  # waits for the device
             check_finite(loss, self.epoch, step + 1)
-            where = f"epoch {self.epoch}/{self.args.epochs}, step {i + 1}/{self.steps}"
             speed, left = self.args.batch_size / pace, duration(pace * (total_steps - step - 1))
+            where = f"epoch {self.epoch}/{self.args.epochs}, step {i + 1}/{self.steps}"
             self.show(f"{where}: loss {loss:.3f}, {speed:,.0f} images/s, {left} left")
         hours = pace * total_steps / 3600
         if step == 9 and hours > 1.5 and loss_sum.device.type == "cpu" and not self.args.compile:
@@ -289,6 +286,10 @@ def draw_curves(name, args, history):
 
 
 # ---- a run directory ------------------------------------------------------------------------------------
+
+FILES = ("config.json", "log.csv", "curves.png", "last.pt", "best.pt")  # that this script writes
+ANEW = "python train.py with another --output-dir", "a last.pt to continue from"  # what utils.reading() says of one
+COLUMNS = "epoch lr train_loss train_acc val_loss val_acc seconds images_per_second".split()  # of log.csv
 
 
 def exclusive(run_dir):
