@@ -15,6 +15,7 @@ a function like fog(), and a line with its five strengths at the end of OPERATIO
 import base64
 import contextlib
 import functools
+import glob
 import http.client
 import io
 import math
@@ -172,6 +173,11 @@ def split_id(val_index):
     return zlib.crc32(val_index.numpy().tobytes())
 
 
+def is_test_set(labels):
+    """Are these (N,) integers the labels of the official test images, in their order? What is known of these holds then."""
+    return zlib.crc32(np.asarray(labels).astype(np.uint8).tobytes()) == 907090714
+
+
 # ---- loading --------------------------------------------------------------------------------------------
 
 FOLDER, ARCHIVE = "cifar-100-python", "cifar-100-python.tar.gz"
@@ -223,12 +229,10 @@ def find_cifar100(data_dir):
     than the archive, or a cifar-100-python that lacks a file, it is data_dir/cifar-100-python.
     """
     top = Path(os.path.expanduser(data_dir))
-    for folder, below, files in os.walk(top, followlinks=True):
-        if {"train", "test", "meta"} <= {*files}:
-            return Path(folder)
-        depth = len(Path(folder).relative_to(top).parts)
-        names = [name for name in below if depth < 2 and not name.startswith(".")]
-        below[:] = sorted(names, key=lambda name: (name != FOLDER, name))
+    for pattern in (".", "*/", "*/*/"):
+        for name in sorted(glob.glob(pattern, root_dir=top), key=lambda name: (FOLDER not in name, name)):
+            if all(os.path.isfile(top / name / file) for file in ("train", "test", "meta")):
+                return top / name
     return top / FOLDER if os.path.exists(top / FOLDER) or os.path.isfile(top / ARCHIVE) else None
 
 
@@ -237,26 +241,27 @@ def fetch(top, url):
     from torchvision.datasets.cifar import CIFAR100, check_integrity, download_and_extract_archive
 
     folder, other = top / FOLDER, ARCHIVE_URL if url == MIRROR_URL else MIRROR_URL
-    timeout, progress = socket.getdefaulttimeout(), sys.stdout if Progress().redraw else io.StringIO()
+    timeout, bar = socket.getdefaulttimeout(), sys.stdout if Progress().redraw else io.StringIO()
     try:
         top.mkdir(parents=True, exist_ok=True)
-        with open(top / f".{FOLDER}.lock", "a") as file, tempfile.TemporaryDirectory(dir=top, prefix=".") as partial:
+        with open(top / f".{FOLDER}.lock", "a") as file:
             if not lock(file):
                 print("another process is downloading CIFAR-100; waiting for it", flush=True)
                 lock(file, wait=True)
-            if not folder.exists():
-                source = top if check_integrity(top / ARCHIVE, CIFAR100.tgz_md5) else partial
-                if source == partial:
-                    print(f"downloading {url}, 169 MB\nif slow: --data-url {other}", flush=True)
-                socket.setdefaulttimeout(20)  # seconds without a byte
-                with contextlib.redirect_stderr(progress):
-                    download_and_extract_archive(url, source, partial, ARCHIVE, CIFAR100.tgz_md5)
-                os.rename(Path(partial, FOLDER), folder)
+            if folder.exists():
+                return folder
+            here = check_integrity(top / ARCHIVE, CIFAR100.tgz_md5)
+            if not here:
+                print(f"downloading {url}, 169 MB\nif slow: --data-url {other}", flush=True)
+            socket.setdefaulttimeout(20)  # seconds without a byte
+            with tempfile.TemporaryDirectory(prefix=f".{FOLDER}-", dir=top) as new, contextlib.redirect_stderr(bar):
+                download_and_extract_archive(url, top if here else new, new, ARCHIVE, CIFAR100.tgz_md5)
+                os.rename(Path(new, FOLDER), folder)
     except (OSError, RuntimeError, ValueError, http.client.HTTPException) as error:
-        if not folder.exists():  # where files have no locks another process may have brought it meanwhile
+        if not folder.exists():  # without file locks another process may have brought it meanwhile
             ways = f"try --data-url {other}, or --data-dir FOLDER with a copy on this disk"
             also = "on Kaggle, switch the notebook's Internet on; train.py --quick needs no download"
-            raise ScriptError(f"cannot get CIFAR-100 from {url} ({error}); {ways}; {also}", code=1) from None
+            raise ScriptError(f"cannot get CIFAR-100 from {url} ({plain(error)}); {ways}; {also}", code=1) from None
     finally:
         socket.setdefaulttimeout(timeout)
     return folder
@@ -289,11 +294,11 @@ def load_synthetic(train=True):
 
 def as_pixels(images):
     """uint8 tensor (N, 32, 32, 3) of such a tensor or array, or of one image (32, 32, 3). ValueError for all else."""
-    array = isinstance(images, np.ndarray)
-    sound = (array or isinstance(images, torch.Tensor)) and images.dtype in ([np.uint8] if array else [torch.uint8])
-    sound = sound and images.ndim in (3, 4) and images.shape[-3:] == (32, 32, 3)
-    require(sound, "images must be uint8 (N, 32, 32, 3) with values 0..255, as load_cifar100 returns them")
-    images = torch.from_numpy(np.array(images, order="C")) if array else images  # a copy: an array may be read-only
+    if isinstance(images, np.ndarray) and images.dtype == np.uint8:
+        images = torch.from_numpy(np.array(images, order="C"))  # a copy: an array may be read-only
+    sound = isinstance(images, torch.Tensor) and images.dtype == torch.uint8 and images.ndim in (3, 4)
+    sound = sound and images.shape[-3:] == (32, 32, 3)
+    require(sound, "images must be uint8 (N, 32, 32, 3), values 0 to 255, as load_cifar100 returns them")
     return images.reshape(-1, 32, 32, 3)
 
 
@@ -474,7 +479,8 @@ def attack(model, images, labels, epsilon, steps=10, autocast=contextlib.nullcon
     where the softmax saturates. Raises ValueError for a wrong argument.
     """
     clean = as_pixels(images).float()
-    require(labels.dtype == torch.int64 and labels.shape == clean.shape[:1], "labels must be (N,) int64")
+    sound = isinstance(labels, torch.Tensor) and labels.dtype == torch.int64 and labels.shape == clean.shape[:1]
+    require(sound, "labels must be an int64 tensor (N,)")
     require(epsilon >= 0 and steps >= 1, f"epsilon {epsilon} must be at least 0, and steps {steps} at least 1")
     model.eval()
     start = torch.rand(clean.shape, generator=torch.Generator().manual_seed(0)).to(clean.device)

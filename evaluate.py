@@ -32,7 +32,7 @@ import torch
 
 import utils
 from data import CORRUPTIONS, DOUBTFUL, DUPLICATES, NUM_CLASSES, SMALL_ANIMALS, SUPERCLASS_OF, SUPERCLASSES, TITLES
-from data import attack, class_names, corrupt, load_dataset, normalize, split_id, split_train_val, votes
+from data import attack, class_names, corrupt, is_test_set, load_dataset, normalize, split_id, split_train_val, votes
 from model import MODELS
 from utils import ScriptError, calibration_bins, confusion_matrix, log_softmax, warn
 
@@ -184,7 +184,7 @@ def compute_logits(run_dir, dataset, data_dir, device):
         reason = "this version of NumPy splits training and validation images differently"
         raise ScriptError(f"{run_dir}: {reason}; evaluate with the version in config.json")
     splits = {"val": (images[val_index], labels[val_index]), "test": load_dataset(dataset, data_dir, train=False)}
-    print(f"{run_dir}: logits of best.pt, epoch {checkpoint['epoch']}, on {utils.device_name(device)}", flush=True)
+    print(f"{utils.plain(run_dir)}: logits of best.pt, epoch {checkpoint['epoch']}, on {utils.device_name(device)}", flush=True)
     for split, (images, labels) in splits.items():
         batches = utils.track(images.split(500), f"{split} batch")
         logits = utils.predict(model, (normalize(batch.to(device)) for batch in batches))
@@ -322,8 +322,12 @@ class Run:
         scaled = self.scaled.metrics()
         moved = ("confident_errors", "mean_confidence", "signed_gap", "nll", "brier", "ece", "auroc_failure")
         self.values |= {f"{name}_scaled": scaled[name] for name in moved} | {"temperature": temperature}
-        if config["dataset"] == "cifar100":
+        self.official = is_test_set(labels)  # then it is known which images are doubtful, and which have duplicates
+        if self.official:
             self.values["accuracy_without_duplicates"] = float(self.raw.correct[~DUPLICATES].mean())
+
+    log = functools.cached_property(lambda run: read_log(run))
+    attention = functools.cached_property(lambda run: read_attention(run))
 
 
 def read_run(folder, config, name):
@@ -407,7 +411,7 @@ def corruption_effect(run):
 
 def late_change(run, column):
     """(1,): the mean of a column of log.csv over the last quarter of the epochs minus that over the third."""
-    log = read_log(run)
+    log = run.log
     if log is None or len(log[column]) < 4:
         raise Undecided("needs the log.csv of each run, with 4 epochs")
     curve, quarter = log[column], len(log[column]) // 4
@@ -424,7 +428,7 @@ def border_reliance(runs):
     """(runs, N), from gradcam.py's attention.csv: of the failures, and of hits of like confidence and class."""
     found = []
     for run in runs:
-        border, failed, matched = read_attention(run)
+        border, failed, matched = run.attention
         if failed.sum() >= FEWEST and matched.sum() >= FEWEST:
             found.append(mean_among(border, failed) - mean_among(border, matched))
     if not found:
@@ -434,10 +438,11 @@ def border_reliance(runs):
 
 def doubtful_failures(run):
     """(N,): the share of doubtful labels among confident failures minus that among confident hits."""
+    if not run.official:
+        raise Undecided("needs the official test images, in their order")
     return mean_among(DOUBTFUL, run.raw.failures) - mean_among(DOUBTFUL, run.raw.sure_hits)
 
 
-@functools.cache
 def read_log(run):
     """{column: (epochs,)} of log.csv; None without one, or with a damaged one, which costs its own rows alone."""
     path, columns = run.folder / "log.csv", ("train_loss", "train_acc", "val_loss", "val_acc", "seconds")
@@ -449,7 +454,6 @@ def read_log(run):
     return {name: np.array([row[name] for row in rows]) for name in columns} if rows else None
 
 
-@functools.cache
 def read_attention(run):
     """attention.csv as (border, failed, matched), (N,) each: does hiding the border cost more? which images are these?"""
     n, path, made_by = len(run.labels), run.folder / "attention.csv", f"python gradcam.py {utils.quote(run.folder)}"
@@ -519,7 +523,7 @@ def small_animals_remark(row, runs):
 
 
 def border_remark(row, runs):
-    measured = sum(read_attention(run)[1].sum() for run in runs)
+    measured = sum(run.attention[1].sum() for run in runs)
     return f"{measured:,} of {sum(run.raw.failures.sum() for run in runs):,} failures measured"
 
 
@@ -793,7 +797,7 @@ def draw_training(study):
         for axes, key, scale, suffix in (panels[0], "loss", 1, smoothed), (panels[1], "acc", 100, ""):
             axes.plot([], [], ":", color=color, label=f"{arm[0].name}: training{suffix}")
             axes.plot([], [], "-", color=color, label=f"{arm[0].name}: validation")
-            for log in filter(None, map(read_log, arm)):
+            for log in filter(None, (run.log for run in arm)):
                 epochs, best = np.arange(1, len(log["val_acc"]) + 1), log["val_acc"].argmax()
                 axes.plot(epochs, scale * log[f"train_{key}"], ":", color=color, linewidth=1)
                 axes.plot(epochs, scale * log[f"val_{key}"], "-", color=color, linewidth=1)
@@ -992,7 +996,7 @@ def place(run):
 def setup_table(study):
     rows = []
     for run in study.runs:
-        config, log = run.config, read_log(run)
+        config, log = run.config, run.log
         epochs = ["-"] * 3
         if log:
             best = log["val_acc"].argmax()
@@ -1010,16 +1014,17 @@ def read_failures(study):
     columns = {"index": int, "representative": int, "checkpoint": str}
     try:
         rows = utils.read_csv(run.folder / "failures.csv", "python failures.py", "a list of failures", columns)
-        fitting = all(row["checkpoint"] == utils.checkpoint_id(run.folder) for row in rows)
+        known = utils.checkpoint_id(run.folder)
     except ScriptError:
         return []
-    return rows if fitting and all(row["index"] in range(len(run.labels)) for row in rows) else []
+    fitting = all(row["checkpoint"] == known and row["index"] in range(len(run.labels)) for row in rows)
+    return rows if fitting else []
 
 
 def failures_text(study):
     """What the runs make of the mistakes in failures.csv of the first run."""
     first, others, names = study.first, study.runs[1:], class_names(study.dataset)
-    rows, real = read_failures(study), study.dataset == "cifar100"
+    rows = read_failures(study)
     if not rows:
         return f"*Missing: a list of mistakes of {first.name}. To make it:* `{study.commands()['failures', first]}`"
     index, table = [row["index"] for row in rows], []
@@ -1032,7 +1037,7 @@ def failures_text(study):
     fates = markdown(["run", "", "repaired", "same wrong class", "another wrong class", "mean confidence (%)"], table)
     table = []
     for i in [row["index"] for row in rows if row["representative"]]:
-        people = votes(i) if real else None
+        people = votes(i) if first.official else None
         preds = [f"{names[run.raw.pred[i]]} {100 * run.raw.confidence[i]:.0f} %" for run in study.runs]
         table.append([i, names[first.labels[i]], "-" if people is None else f"{people} of 5", *preds])
     header = ["test image", "label", "people who uphold it", *(run.name for run in study.runs)]
@@ -1054,7 +1059,7 @@ def counts_table(study):
     rows = []
     for run in study.runs:
         failures = run.raw.failures
-        doubtful = (failures & DOUBTFUL).sum() if study.dataset == "cifar100" else "-"
+        doubtful = (failures & DOUBTFUL).sum() if run.official else "-"
         rows.append([run.name, failures.sum(), cell(failures.mean()), doubtful])
     return markdown(["run", "confident failures", "of all images (%)", "with a doubtful label"], rows)
 
@@ -1300,7 +1305,7 @@ def by_recipe(runs):
         arm = next((arm for arm in arms if utils.recipe(arm[0].config) == utils.recipe(run.config)), None)
         reason = None
         if not run.config.get("finished", True):
-            log, epochs = read_log(run), run.config["args"].get("epochs")
+            log, epochs = run.log, run.config["args"].get("epochs")
             reason = f"stopped after epoch {len(log['val_acc']) if log else 0} of {epochs} (continue it with --resume)"
         elif arms and not np.array_equal(run.labels, arms[0][0].labels):
             reason = f"was scored on other images than {arms[0][0].name}"
