@@ -187,8 +187,8 @@ def picture(model, images, labels=None, target="predicted", layer="layer4", name
     asked = target if target in ("predicted", "true") else "asked"
     where = layer if isinstance(layer, str) else type(layer).__name__
     title += f"\nGrad-CAM at {where}, {maps.shape[2]}x{maps.shape[3]} cells"
-    title += f"\nLine on the image: half of the largest value for the {asked} class"
-    title = "\n".join(textwrap.fill(line, 22 * columns) for line in title.strip().splitlines())
+    title += "\nLine on the image: half of the first map's largest value"
+    title = "\n".join(textwrap.fill(line, 22 * columns, break_on_hyphens=False) for line in title.strip().splitlines())
     height = 2.6 * n + 0.8 + 0.2 * title.count("\n")
     figure, grid = utils.new_figure(2 * columns, height, n + 1, columns, title, height_ratios=[20] * n + [1])
     for axis in grid.flat:
@@ -506,7 +506,7 @@ def explain_failures(run, other, target, test_set, failures):
     some = index[:: math.ceil(len(index) / BATCH)]  # at most 100, evenly spread
     classes = probabilities(run.model, images[some]).argmax(1)
     for name, rho in sanity_checks(run.model, run.args, images[some], classes).items():
-        verdict = "at most 0.5: the maps change" if rho <= SANITY_LIMIT else "above 0.5: the maps support no claim"
+        verdict = "< 0.5: the maps change" if rho < SANITY_LIMIT else "not < 0.5: the maps support no claim"
         print(f"sanity: {name}: mean |rho| {rho:.2f}, {verdict}")
     return rows
 
