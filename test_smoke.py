@@ -1831,7 +1831,10 @@ def test_gradcam_reads_any_image():
     rgb.save(postscript, "EPS")
     Image.new("1", (10_000, 10_000)).save(files / "bomb.png")
     Image.new("F", (9, 9), math.nan).save(files / "nan.tif")
+    flipped = bytearray(good)
+    flipped[len(good) // 2] ^= 4  # in the pixels, where no EXIF block may be the excuse
     damaged = {"text.png": b"hello", "empty.png": b"", "short.png": good[:900], "photo.png": postscript.getvalue()}
+    damaged["flipped.png"] = flipped
     for name, content in damaged.items():
         (files / name).write_bytes(content)
     with replaced(subprocess, "check_call", side_effect=Killed), replaced(subprocess, "Popen", side_effect=Killed):
