@@ -122,7 +122,7 @@ ABOUT_ONE = [  # for the baseline and for the changed recipe, side by side
           "mostly made between the similar fine-grained categories",
           "share of the errors inside the superclass; mostly: above 50 %",
           reference=0.5, unit="%", real=True,
-          remark=lambda runs, base: f"by chance {100 * np.mean([chance_within_superclass(run) for run in runs]):.1f} %"),
+          remark=lambda runs, base: f"by chance {100 * np.mean([chance_inside(run.confusion) for run in runs]):.1f} %"),
 
     Claim("small animals are below average", "below",
           each(lambda run: contrast(run.raw.correct, SMALL[run.labels], ~SMALL[run.labels])),
@@ -365,7 +365,7 @@ class Run:
 
     @functools.cached_property
     def attention(self):
-        """Does hiding the border cost more than hiding the centre? (N,) bool; then which images were failures, which hits."""
+        """(border, failed, matched), (N,) bool: does hiding the border cost more? Is it a failure? A hit like one?"""
         columns = {"index": int, "group": str, "checkpoint": str, "border_drop": float, "centre_drop": float}
         rows = self.table("attention.csv", f"python gradcam.py {utils.quote(self.folder)}", columns)
         if not rows:
@@ -470,12 +470,13 @@ def late_change(run, column):
     return np.array([curve[-quarter:].mean() - curve[-2 * quarter : -quarter].mean()])
 
 
-def chance_within_superclass(run):
+def chance_inside(confusion):
     """Share of errors inside the true superclass if the class predicted did not depend on the true one.
 
-    Keeps how often each class is mistaken and how often it is wrongly predicted; a pair of equal classes is no error.
+    confusion (C, C). Keeps how often each class is mistaken and how often it is wrongly predicted; a pair of
+    equal classes is no error.
     """
-    errors = run.confusion - np.diag(np.diag(run.confusion))
+    errors = confusion - np.diag(np.diag(confusion))
     independent = np.outer(errors.sum(1), errors.sum(0))
     np.fill_diagonal(independent, 0)
     inside = SUPERCLASS_OF[:, None] == SUPERCLASS_OF
@@ -645,7 +646,7 @@ def cell(value, digits=2, unit=100):
     return "-" if value is None or math.isnan(value) else f"{unit * value + 0.0:.{digits}f}"
 
 
-def figures(run):
+def values_of(run):
     """{metric: value} of all that the tables show of a run."""
     found = run.values | run.trust | {"failures": run.raw.failures.sum()}
     if run.official:
@@ -659,11 +660,11 @@ def figures(run):
     return found
 
 
-def scored(arms):
+def score_lines(arms):
     """[(name, {metric: value}, interval of the accuracy)]: of each run, and of the runs of a recipe together."""
     found = []
     for arm in arms:
-        of_runs = [figures(run) for run in arm]
+        of_runs = [values_of(run) for run in arm]
         for run, values in zip(arm, of_runs):
             found.append((run.name, values, f" {cell(run.raw.intervals()['accuracy'], 1)}"))
         if len(arm) > 1:
@@ -674,10 +675,10 @@ def scored(arms):
     return found
 
 
-def score_rows(found, columns):
-    """Rows of text from scored(): name, accuracy with its interval, and these columns. Rows without any are left out."""
+def score_rows(lines, columns):
+    """Rows of text: name, accuracy with its interval, and these columns. Lines with none of them are left out."""
     rows, keys = [], [COLUMNS.get(column, column) for column in columns]
-    for name, values, interval in found:
+    for name, values, interval in lines:
         cells = [cell(values.get(key), *((DECIMALS[key], 1) if key in DECIMALS else ())) for key in keys]
         if set(cells) != {"-"}:
             rows.append([name, cell(values["accuracy"]) + interval, *cells])
@@ -709,14 +710,14 @@ def print_table(header, rows):
 def print_scores(runs, arms):
     alone = [[run] for run in runs if not any(run in arm for arm in arms)]
     print(f"{len(runs[0].labels):,} test images of {TITLES[runs[0].dataset]}")
-    print_table(["in %", "accuracy [95 %]", *BRIEF], score_rows(scored(arms + alone), BRIEF))
+    print_table(["in %", "accuracy [95 %]", *BRIEF], score_rows(score_lines(arms + alone), BRIEF))
     print("no dup.: without 891 images that have a near-duplicate in training. F1: macro.")
     print("conf.err: wrong with a confidence above 0.90, of all images. ECE: calibration")
     print("error. T: temperature of the validation images; above 1 if over-confident.")
 
 
 def print_verdict(study):
-    """A line for each row of the verdict, with its note below; a claim about one recipe heads a line for each recipe."""
+    """A line for each row of the verdict, its note below it; the rows of a claim about one recipe below the claim."""
     rows = [(claim, row) for claim, row in study.rows if len(study.arms) > 1 or row["word"] != "not decided"]
     table, missing = [], {}
     for claim, row in rows:
@@ -820,18 +821,15 @@ def draw_training(study):
 def draw_verdict(study):
     """A line per row of the verdict, each on a scale of its own, with the runs as dots and the interval."""
     rows = [(claim, row) for claim, row in study.rows if row["figure"] is not None]
-    figure, axes = utils.new_figure(10, 1.5 + 0.4 * len(rows), title=f"{study.last.name}: does what the study says hold?")
+    title = f"{study.last.name}: does what the study says hold?"
+    figure, axes = utils.new_figure(10, 1.5 + 0.4 * len(rows), title=title)
     baselines, names = {run.name for run in study.arms[0]}, []
     for y, (claim, row) in enumerate(rows):
-        if claim in COMPARISONS:  # the figure is a change, and so are the dots
-            zero = np.mean([value for name, value in row["runs"].items() if name in baselines])
-            names.append(claim.text)
-        else:
-            zero = claim.reference
-            names.append(f"{claim.text} ({'baseline' if row['recipe'] in baselines else 'changed'})")
         sign, margin = -1 if claim.side == "below" else 1, MARGIN if claim.side == "within" else 0
-        ends = sign * (np.array(row["ci95"] or [row["figure"]]) - claim.reference)
+        of_baselines = [value for name, value in row["runs"].items() if name in baselines]
+        zero = np.mean(of_baselines) if claim in COMPARISONS else claim.reference
         dots = sign * (np.array([*row["runs"].values()]) - zero)
+        ends = sign * (np.array(row["ci95"] or [row["figure"]]) - claim.reference)
         scale = max(1e-9, margin, *abs(ends), *abs(dots))
         claimed = (-margin / scale, margin / scale) if margin else (0, 1.1)
         axes.fill_betweenx([y - 0.4, y + 0.4], *claimed, color="black", alpha=0.06, linewidth=0)
@@ -840,10 +838,12 @@ def draw_verdict(study):
         for run, place in zip(row["runs"], dots / scale):
             height, color = (-0.2, COLORS[0]) if run in baselines else (0.2, COLORS[1])
             axes.plot(place, y + height, "o", color=color, markersize=4)
+        recipe = "baseline" if row["recipe"] in baselines else "changed"
+        names.append(f"{claim.text} ({recipe})" if claim in ABOUT_ONE and len(study.arms) > 1 else claim.text)
     for arm, color in zip(study.arms, COLORS):
         axes.plot([], [], "o", color=color, markersize=4, label=f"runs of {arm[0].name}")
     axes.set(xlim=(-1.2, 1.2), ylim=(len(rows) - 0.5, -0.5), xticks=[])
-    axes.set_xlabel("line: 95 % interval; shaded: as claimed; each row has its own scale")
+    axes.set_xlabel("line: 95 % interval; to the right, shaded: as claimed; each row has its own scale")
     axes.set_yticks(range(len(rows)), names)
     right = axes.twinx()
     right.set_yticks(range(len(rows)), [f"{figure_cell(claim, row)}: {row['word']}" for claim, row in rows])
@@ -851,7 +851,7 @@ def draw_verdict(study):
     for side in (axes, right):
         side.tick_params(length=0, labelsize=9)
         side.spines[:].set_visible(False)
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=9)
+    figure.legend(loc="outside lower center", ncols=2, fontsize=9)
     return figure
 
 
@@ -1005,7 +1005,7 @@ def fates(study, made_by):
     first, outcomes, examples = study.first, [], []
     listed = first.table("failures.csv", made_by, {"index": int, "representative": int, "checkpoint": str})
     if not listed:
-        return []
+        return [f"*Missing: the mistakes of {first.name}. To list them:* `{made_by}`"]
     index = [row["index"] for row in listed]
     for run in study.runs:
         same = (run.raw.pred == first.raw.pred)[index].sum()
@@ -1026,6 +1026,7 @@ def fates(study, made_by):
         "how much. Only what goes beyond it is an effect of the change.",
         "Examples, evenly spread over the ranks of confidence, at most one per pair of classes:",
         markdown(["test image", "label", "people who uphold it", *(run.name for run in study.runs)], examples),
+        study.picture(first, "failures.png", f"confident failures of {first.name}", made_by),
     ]
 
 
@@ -1060,15 +1061,15 @@ def pairs_table(study):
 
 
 def classes_table(study):
-    accuracy = [np.diag(confusion) / np.maximum(confusion.sum(1), 1) for confusion in study.confusions]
-    order, change = np.argsort(accuracy[0], kind="stable"), accuracy[-1] - accuracy[0]
+    values = [np.diag(confusion) / np.maximum(confusion.sum(1), 1) for confusion in study.confusions]
+    columns, order = [f"{name} (%)" for name in study.recipes], np.argsort(values[0], kind="stable")
     groups, rows = {"worst": order[:10], "best": order[:-11:-1]}, []
-    if len(study.arms) > 1:
-        groups["largest changes"] = np.argsort(-np.abs(change), kind="stable")[:10]
+    if len(values) > 1:
+        columns, values = [*columns, "change"], [*values, values[1] - values[0]]
+        groups["largest changes"] = np.argsort(-np.abs(values[2]), kind="stable")[:10]
     for group, labels in groups.items():
-        for k in labels:
-            rows.append([group, study.first.class_names[k], *(cell(found[k], 1) for found in [*accuracy, change])])
-    return markdown(["", "class", *(f"{name} (%)" for name in study.recipes), "change"], rows)
+        rows += [[group, study.first.class_names[k], *(cell(found[k], 1) for found in values)] for k in labels]
+    return markdown(["", "class", *columns], rows)
 
 
 def report(study):
@@ -1088,7 +1089,7 @@ def report(study):
     if study.folder.resolve().is_relative_to(HERE / "results"):
         commands = commands.replace(" results/", " runs/")  # where train.py writes what was published there
 
-    scores, published = scored(arms), []
+    scores, published = score_lines(arms), []
     if real and any(STUDY.items() <= utils.recipe(arm[0].config).items() for arm in arms):
         published = [("the study (smoothing 0.1)", PUBLISHED, "")]
 
@@ -1110,7 +1111,6 @@ def report(study):
             "images on which a network had disagreed with the label, so these counts are lower bounds.",
             table(FAILURES),
             *fates(study, find),
-            study.picture(first, "failures.png", f"confident failures of {first.name}", find),
         ],
         "What the network looked at": [
             study.picture(first, "gradcam.png", f"Grad-CAM of confident failures of {first.name}", explain),
@@ -1142,7 +1142,7 @@ def report(study):
             "Accuracy on the first test images of each class: clean, under 12 corruptions in 5 severities (in the "
             "style of CIFAR-100-C, 12 of its 15, re-implemented, so not comparable with published mCE), by their "
             "kind, and under an attack, PGD of 10 steps. One attack does not measure robustness.",
-            table(STRESS) if any(run.stress for run in study.runs) else f"*Missing. To measure it:* `{measure}`",
+            *([table(STRESS)] if any(run.stress for run in study.runs) else []),
             study.picture(last, "stress.png", "accuracy under corruption and attack", measure),
         ],
         "May I trust it?": [
@@ -1182,7 +1182,7 @@ def write_report(study):
 
 
 def by_recipe(runs):
-    """The runs in lists of one recipe each, in the order in which the recipes come; what cannot be compared stays out."""
+    """The runs in lists of one recipe each, in the order in which recipes come; what cannot be compared stays out."""
     arms = []
     for run in runs:
         arm = next((arm for arm in arms if utils.recipe(arm[0].config) == utils.recipe(run.config)), [])
