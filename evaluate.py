@@ -602,41 +602,42 @@ def measure_stress(runs, args):
 
 # ---- tables ---------------------------------------------------------------------------------------------
 
-COLUMNS = {  # column: metric
-    "no dup.": "accuracy_without_duplicates", "precision": "macro_precision", "recall": "macro_recall",
-    "F1": "macro_f1", "top-5": "top5_accuracy", "superclass": "superclass_accuracy", "conf.err": "confident_errors",
-    "NLL": "nll", "Brier": "brier", "gap": "signed_gap", "ECE": "ece", "AUROC": "auroc_failure", "T": "temperature",
-    "NLL/T": "nll_scaled", "gap/T": "signed_gap_scaled", "ECE/T": "ece_scaled", "AUROC/T": "auroc_failure_scaled",
-    "right": "answers_accuracy", "sets hold": "set_coverage", "classes": "set_size", "worst class": "set_worst_class",
+COLUMNS = {  # column of a table: (metric, what it is)
+    "no dup.": ("accuracy_without_duplicates", "accuracy without 891 images that have a near-duplicate in training"),
+    "precision": ("macro_precision", "mean over the 100 classes (macro)"),
+    "recall": ("macro_recall", "mean over the classes"),
+    "F1": ("macro_f1", "mean over the classes"),
+    "top-5": ("top5_accuracy", "the true class is among the five most likely"),
+    "superclass": ("superclass_accuracy", "the predicted class is in the right superclass"),
+    "conf.err": ("confident_errors", "wrong with a confidence (largest probability) above 0.90, of all images"),
+    "NLL": ("nll", "negative log probability of the true class, in nats"),
+    "Brier": ("brier", "squared distance of the probabilities from the truth, 0 to 2"),
+    "gap": ("signed_gap", "mean confidence minus accuracy, above 0 if over-confident"),
+    "ECE": ("ece", "expected calibration error, in 15 bins of confidence"),
+    "AUROC": ("auroc_failure", "how often a correct image is more confident than a wrong one; 50 by chance"),
+    "T": ("temperature", "logits divided by it have the lowest NLL on validation images; above 1 if over-confident"),
+    "NLL/T": ("nll_scaled", "NLL of the logits divided by T"),
+    "gap/T": ("signed_gap_scaled", "gap of these"),
+    "ECE/T": ("ece_scaled", "ECE of these"),
+    "AUROC/T": ("auroc_failure_scaled", "AUROC of these"),
+    "failures": ("failures", "confident failures: wrong with a confidence above 0.90"),
+    "doubtful": ("doubtful", "how many of them have a label that fewer than three of five people uphold"),
+    "clean": ("clean", "accuracy without corruption"),
+    "confidence": ("clean_confidence", "mean confidence there"),
+    "corrupted": ("corrupted", "accuracy under 12 corruptions in 5 severities, then by their kind"),
+    "its confidence": ("corrupted_confidence", "mean confidence under corruption"),
+    **{group: (group, ", ".join(names).replace("_", " ")) for group, names in GROUPS.items()},
+    "PGD": ("pgd", "accuracy under an attack that changes pixels by up to 1/255, in 10 steps"),
+    "answers": ("answers", "share of images above the confidence at which 95 of 100 validation answers are right"),
+    "right": ("answers_accuracy", "accuracy of these answers"),
+    "sets hold": ("set_coverage", "share whose true class is among all classes above a probability, set for 90 %"),
+    "classes": ("set_size", "how many that are, on average"),
+    "worst class": ("set_worst_class", "share in the worst class, since the promise is only on average"),
 }  # fmt: skip
-EXPLAINED = """\
-- accuracy [95 %]: test images classified correctly. The interval covers the choice of test images, not the seed.
-- no dup.: accuracy without the 891 test images that have a near-duplicate in training (Barz and Denzler,
-  arXiv:1902.00423).
-- precision, recall, F1: means over the 100 classes (macro). top-5: the true class is among the five most likely.
-- superclass: the predicted class is in the right superclass.
-- conf.err: confident errors, wrong with a confidence (largest probability) above 0.90, of all test images.
-- NLL: negative log probability of the true class, in nats. Brier: squared distance of the probabilities from the
-  truth, 0 to 2. Neither is in percent.
-- gap: mean confidence minus accuracy, above 0 if over-confident. ECE: expected calibration error in 15 bins.
-- AUROC: how often a correct image is more confident than a wrong one; 50 % by chance.
-- T: temperature. Dividing the logits by it gives the lowest NLL on the validation images; above 1 if over-confident.
-  NLL/T, gap/T, ECE/T, AUROC/T: scores of the divided logits.
-- deviation: standard deviation between the seeds. ensemble: the mean probability of the runs."""
-PROMISES = """\
-- answers: the share of test images that the network may answer if 95 of 100 answers are to be right. It answers above
-  a confidence that the validation images set. right: the accuracy of these answers.
-- sets hold: the share of test images whose true class is in the set of all classes above a probability. 90 % of the
-  validation images set that probability. classes: how many are in a set, on average. worst class: the share in the
-  class where it is lowest, since the promise is only on average.
-
-Both promises end where images differ from the training images, as under corruption."""
 BRIEF = ("no dup.", "F1", "top-5", "conf.err", "ECE", "T")
-CLASSIFICATION, CALIBRATION = tuple(COLUMNS)[:7], tuple(COLUMNS)[7:17]
-FAILURES = ("conf.err", "failures", "with a doubtful label")
-STRESS = ("clean", "confidence there", "corrupted", "mean confidence", *GROUPS, "PGD at 1/255")
-TRUST = ("ECE", "answers", "right", "sets hold", "classes", "worst class")
-DECIMALS = {"nll": 3, "brier": 3, "temperature": 3, "nll_scaled": 3, "set_size": 2, **dict.fromkeys(FAILURES[1:], 0)}
+CLASSIFICATION, CALIBRATION, FAILURES = tuple(COLUMNS)[:7], tuple(COLUMNS)[7:17], tuple(COLUMNS)[17:19]
+STRESS, TRUST = tuple(COLUMNS)[19:28], tuple(COLUMNS)[28:]
+DECIMALS = {"nll": 3, "brier": 3, "temperature": 3, "nll_scaled": 3, "set_size": 2, "failures": 0, "doubtful": 0}
 
 
 def cell(value, digits=2, unit=100):
@@ -650,13 +651,13 @@ def values_of(run):
     """{metric: value} of all that the tables show of a run."""
     found = run.values | run.trust | {"failures": run.raw.failures.sum()}
     if run.official:
-        found["with a doubtful label"] = (run.raw.failures & DOUBTFUL).sum()
+        found["doubtful"] = (run.raw.failures & DOUBTFUL).sum()
     if run.stress:
-        correct, confidence = run.stress
-        corrupted, attacked = KINDS == "corruption", (KINDS == "pgd") & (STRENGTHS == 1)
-        parts = [correct[0], confidence[0], correct[corrupted], confidence[corrupted]]
-        parts += [correct[np.isin(NAMES, names)] for names in GROUPS.values()]
-        found |= {name: float(part.mean()) for name, part in zip(STRESS, [*parts, correct[attacked]])}
+        (correct, confidence), corrupted = run.stress, KINDS == "corruption"
+        found |= {"clean": correct[0].mean(), "clean_confidence": float(confidence[0].mean())}
+        found |= {"corrupted": correct[corrupted].mean(), "corrupted_confidence": float(confidence[corrupted].mean())}
+        found |= {group: correct[np.isin(NAMES, names)].mean() for group, names in GROUPS.items()}
+        found["pgd"] = correct[(KINDS == "pgd") & (STRENGTHS == 1)].mean()
     return found
 
 
@@ -677,7 +678,7 @@ def score_lines(arms):
 
 def score_rows(lines, columns):
     """Rows of text: name, accuracy with its interval, and these columns. Lines with none of them are left out."""
-    rows, keys = [], [COLUMNS.get(column, column) for column in columns]
+    rows, keys = [], [COLUMNS[column][0] for column in columns]
     for name, values, interval in lines:
         cells = [cell(values.get(key), *((DECIMALS[key], 1) if key in DECIMALS else ())) for key in keys]
         if set(cells) != {"-"}:
@@ -1094,7 +1095,10 @@ def report(study):
         published = [("the study (smoothing 0.1)", PUBLISHED, "")]
 
     def table(columns, more=()):
-        return markdown(["in %", "accuracy [95 %]", *columns], score_rows([*more, *scores], columns))
+        """A line for each column, then the table."""
+        rows = score_rows([*more, *scores], columns)
+        explained = "\n".join(f"- {column}: {COLUMNS[column][1]}." for column in columns)
+        return [explained, markdown(["in %", "accuracy [95 %]", *columns], rows)] if rows else []
 
     sections = {  # title: paragraphs
         "Setup": [f"**{study.heading}.**", setup_table(study)],
@@ -1104,12 +1108,17 @@ def report(study):
             "validation loss is on plain images and targets.",
             findings(study, "validation"),
         ],
-        "Scores": [EXPLAINED, table(CLASSIFICATION, published), table(CALIBRATION)],
+        "Scores": [
+            "Accuracy: share of the test images that are classified correctly. Its interval covers the choice of test "
+            "images, not the seed. Deviation: standard deviation between the seeds. Ensemble: mean probability of the "
+            "runs. NLL, Brier and T are not in percent.",
+            *table(CLASSIFICATION, published),
+            *table(CALIBRATION),
+        ],
         "Confident failures": [
-            "A confident failure is a wrong prediction with a confidence above 0.90. Its label is doubtful if fewer "
-            "than three of five people uphold it (Northcutt et al., arXiv:2103.14749). They looked at 2,235 test "
-            "images on which a network had disagreed with the label, so these counts are lower bounds.",
-            table(FAILURES),
+            *table(FAILURES),
+            "People looked at 2,235 test images on which a network had disagreed with the label (Northcutt et al., "
+            "arXiv:2103.14749), so the counts of doubtful labels are lower bounds.",
             *fates(study, find),
         ],
         "What the network looked at": [
@@ -1139,15 +1148,16 @@ def report(study):
             study.picture(first, "per_class.png", f"worst and best classes of {first.name}", evaluate),
         ],
         "Stress": [
-            "Accuracy on the first test images of each class: clean, under 12 corruptions in 5 severities (in the "
-            "style of CIFAR-100-C, 12 of its 15, re-implemented, so not comparable with published mCE), by their "
-            "kind, and under an attack, PGD of 10 steps. One attack does not measure robustness.",
-            *([table(STRESS)] if any(run.stress for run in study.runs) else []),
+            "On the first test images of each class. The corruptions are in the style of CIFAR-100-C, 12 of its 15, "
+            "re-implemented, so they do not compare with a published mCE. One attack does not measure robustness.",
+            *table(STRESS),
             study.picture(last, "stress.png", "accuracy under corruption and attack", measure),
         ],
         "May I trust it?": [
-            PROMISES,
-            table(TRUST),
+            "Two promises, set on validation images and tried on test images: 95 of 100 answers are right, if only "
+            "confident images are answered; 90 of 100 sets of classes hold the true class. Both end where images "
+            "differ from the training images, as under corruption.",
+            *table(("ECE", *TRUST)),
             study.picture(first, "reliability.png", f"confidence and accuracy of {first.name}", evaluate),
         ],
         "Limits": [
