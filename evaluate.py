@@ -137,7 +137,7 @@ ABOUT_ONE = [  # for the baseline and for the changed recipe, side by side
           each(lambda run: contrast(DOUBTFUL, run.raw.failures, run.raw.sure_hits)),
           "highly confident errors on ambiguous images",
           "share of confident failures whose label fewer than 3 of 5 people uphold, minus that share of confident hits",
-          real=True),
+          real=True, remark=lambda runs, base: "people looked where a network disagreed, which inflates this"),
 ]  # fmt: skip
 
 
@@ -528,11 +528,13 @@ def first_of_each_class(labels, count):
     return np.sort(by_class[:, : count // NUM_CLASSES].ravel())
 
 
-def stress_of(run, images, labels, device):
-    """The Stress of a run, measured under every condition, and saved at the end.
-
-    images (n, 32, 32, 3) uint8 and labels (n,): first_of_each_class of the test set.
-    """
+def measure_stress(run, args):
+    """Measure a run's Stress on args.stress_images test images, and save it once it is complete."""
+    images, labels = load_dataset(*utils.dataset_of(run.config, args), train=False)
+    if not np.array_equal(labels.numpy(), run.labels):
+        raise ScriptError(f"{run.folder} was scored on other images than those here; set --data-dir")
+    index, device = first_of_each_class(run.labels, args.stress_images), utils.select_device(args.device)
+    images, labels = images[index], labels[index]
     model, checkpoint = utils.load_best(run.folder, device)
     model.requires_grad_(False)
     dtype, _ = utils.select_precision("auto", device)
@@ -551,7 +553,7 @@ def stress_of(run, images, labels, device):
         preds.append(probs.argmax(1).cpu().numpy().astype(np.uint8))
         confidence.append(probs.amax(1).cpu().numpy())
     preds = np.array(preds)
-    found = Stress(preds == labels.numpy(), np.array(confidence))
+    run.stress = found = Stress(preds == labels.numpy(), np.array(confidence))
     columns = {"kind": KINDS, "name": NAMES, "strength": [strength for _, _, strength in CONDITIONS]}
     columns |= {"accuracy": found.correct.mean(1), "mean_confidence": found.confidence.mean(1)}
     common = {"images": len(labels), "checkpoint": checkpoint["sha256"]}
@@ -559,7 +561,6 @@ def stress_of(run, images, labels, device):
     utils.write_npy(run.folder / "stress_preds.npy", preds)
     utils.write_npy(run.folder / "stress_confidence.npy", found.confidence)
     utils.write_csv(run.folder / "stress.csv", rows)
-    return found
 
 
 def read_stress(run):
@@ -586,20 +587,6 @@ def read_stress(run):
     return found
 
 
-def measure_stress(runs, args):
-    """Measure the runs that have no stress results yet."""
-    for run in runs:
-        if run.stress and run.stress.correct.shape[1] != args.stress_images:
-            found = f"{run.folder} has stress results on {run.stress.correct.shape[1]} images"
-            raise ScriptError(f"{found}; give the same --stress-images, or delete its stress.csv")
-    for run in [run for run in runs if not run.stress]:
-        images, labels = load_dataset(*utils.dataset_of(run.config, args), train=False)
-        if not np.array_equal(labels.numpy(), run.labels):
-            raise ScriptError(f"{run.folder} was scored on other images than those here; set --data-dir")
-        index = first_of_each_class(run.labels, args.stress_images)
-        run.stress = stress_of(run, images[index], labels[index], utils.select_device(args.device))
-
-
 # ---- tables ---------------------------------------------------------------------------------------------
 
 COLUMNS = {  # column of a table: (metric, what it is)
@@ -621,7 +608,8 @@ COLUMNS = {  # column of a table: (metric, what it is)
     "ECE/T": ("ece_scaled", "ECE of these"),
     "AUROC/T": ("auroc_failure_scaled", "AUROC of these"),
     "failures": ("failures", "confident failures: wrong with a confidence above 0.90"),
-    "doubtful": ("doubtful", "how many of them have a label that fewer than three of five people uphold"),
+    "doubtful": ("doubtful", "of these, how many have a label that fewer than three of five people uphold; a lower "
+                             "bound, since people looked only where a network disagreed (arXiv:2103.14749)"),
     "clean": ("clean", "accuracy without corruption"),
     "confidence": ("clean_confidence", "mean confidence there"),
     "corrupted": ("corrupted", "accuracy under 12 corruptions in 5 severities, then by their kind"),
@@ -964,13 +952,13 @@ class Study:
         compare = ["--compare"] if len(runs) > 1 and script != "evaluate" else []
         return " ".join([f"python {script}.py", *places[:1], *compare, *places[1:]])
 
-    def picture(self, run, name, words, command):
+    def picture(self, run, name, command):
         """A picture in a run's folder, linked relatively, or the command that makes it."""
         path = run.folder / name
         if not path.exists():
-            return f"*Missing: {words}. To make it:* `{command}`"
+            return f"*Missing: {name} of {run.name}. To make it:* `{command}`"
         target = Path(os.path.relpath(path.resolve(), self.folder.resolve())).as_posix()
-        return f"![{words}]({target.replace(' ', '%20')})"
+        return f"![{path.stem} of {run.name}]({target.replace(' ', '%20')})"
 
 
 def markdown(header, rows):
@@ -1006,7 +994,7 @@ def fates(study, made_by):
     first, outcomes, examples = study.first, [], []
     listed = first.table("failures.csv", made_by, {"index": int, "representative": int, "checkpoint": str})
     if not listed:
-        return [f"*Missing: the mistakes of {first.name}. To list them:* `{made_by}`"]
+        return [f"*Missing: failures.csv of {first.name}. To make it:* `{made_by}`"]
     index = [row["index"] for row in listed]
     for run in study.runs:
         same = (run.raw.pred == first.raw.pred)[index].sum()
@@ -1027,7 +1015,7 @@ def fates(study, made_by):
         "how much. Only what goes beyond it is an effect of the change.",
         "Examples, evenly spread over the ranks of confidence, at most one per pair of classes:",
         markdown(["test image", "label", "people who uphold it", *(run.name for run in study.runs)], examples),
-        study.picture(first, "failures.png", f"confident failures of {first.name}", made_by),
+        study.picture(first, "failures.png", made_by),
     ]
 
 
@@ -1075,7 +1063,8 @@ def classes_table(study):
 
 def report(study):
     """The text of report.md: the study's sections, in its order, from the runs at hand."""
-    first, last, arms, real = study.first, study.last, study.arms, study.dataset != "synthetic"
+    first, last, arms = study.first, study.last, study.arms
+    synthetic = " (SYNTHETIC data)" if study.dataset == "synthetic" else ""
     network = MODELS.get(first.config["args"].get("model"), "ResNet-18")
     others, control = [arm[0] for arm in arms[1:]], arms[0][1:2]
     seeds = " and ".join(f"{len(arm)} of {arm[0].name}" for arm in arms)
@@ -1091,7 +1080,7 @@ def report(study):
         commands = commands.replace(" results/", " runs/")  # where train.py writes what was published there
 
     scores, published = score_lines(arms), []
-    if real and any(STUDY.items() <= utils.recipe(arm[0].config).items() for arm in arms):
+    if not synthetic and any(STUDY.items() <= utils.recipe(arm[0].config).items() for arm in arms):
         published = [("the study (smoothing 0.1)", PUBLISHED, "")]
 
     def table(columns, more=()):
@@ -1100,80 +1089,68 @@ def report(study):
         explained = "\n".join(f"- {column}: {COLUMNS[column][1]}." for column in columns)
         return [explained, markdown(["in %", "accuracy [95 %]", *columns], rows)] if rows else []
 
-    sections = {  # title: paragraphs
-        "Setup": [f"**{study.heading}.**", setup_table(study)],
-        "Training": [
-            study.picture(last, "training.png", "training and validation curves", evaluate),
-            "The training loss is on augmented images and, where a recipe smooths, on smoothed targets. The "
-            "validation loss is on plain images and targets.",
-            findings(study, "validation"),
-        ],
-        "Scores": [
-            "Accuracy: share of the test images that are classified correctly. Its interval covers the choice of test "
-            "images, not the seed. Deviation: standard deviation between the seeds. Ensemble: mean probability of the "
-            "runs. NLL, Brier and T are not in percent.",
-            *table(CLASSIFICATION, published),
-            *table(CALIBRATION),
-        ],
-        "Confident failures": [
-            *table(FAILURES),
-            "People looked at 2,235 test images on which a network had disagreed with the label (Northcutt et al., "
-            "arXiv:2103.14749), so the counts of doubtful labels are lower bounds.",
-            *fates(study, find),
-        ],
-        "What the network looked at": [
-            study.picture(first, "gradcam.png", f"Grad-CAM of confident failures of {first.name}", explain),
-            "A map of layer4 has 4x4 cells, each of which has seen the whole image. So it shows where to look, but "
-            "no outline.",
-            findings(study, "failures rely"),
-        ],
-        "What the change did": [
-            "*Supported*: the 95 % interval lies on the claimed side. *Contradicted*: it lies on the other side. *Not "
-            "decided*: neither. The interval covers the choice of test images and the randomness of training, so it "
-            "needs two seeds of each recipe. Equal numbers, fixed beforehand, are the rule: seeds added after a look "
-            f"at the first can tip a verdict.{unequal} The thirteen claims are not corrected for their number.",
-            verdict_table(study, COMPARISONS, ["change [95 %]"]) if others else "A comparison needs two recipes.",
-            verdict_table(study, ABOUT_ONE, [f"{name} [95 %]" for name in study.recipes]),
-            study.picture(last, "verdict.png", "the verdict", evaluate),
-        ],
-        "Confusion and classes": [
-            study.picture(first, "confusion.png", f"confusion matrix of {first.name}", evaluate),
-            superclass_table(study) if real else "Synthetic images have no superclasses.",
-            f"The pairs of classes that {first.name} confuses most: errors in both directions, of 200 images, means "
-            "over the seeds.",
-            pairs_table(study),
-            "Accuracy of classes, means over the seeds. A class has 100 test images, so between two runs a difference "
-            "of up to 20 points is noise.",
-            classes_table(study),
-            study.picture(first, "per_class.png", f"worst and best classes of {first.name}", evaluate),
-        ],
-        "Stress": [
-            "On the first test images of each class. The corruptions are in the style of CIFAR-100-C, 12 of its 15, "
-            "re-implemented, so they do not compare with a published mCE. One attack does not measure robustness.",
-            *table(STRESS),
-            study.picture(last, "stress.png", "accuracy under corruption and attack", measure),
-        ],
-        "May I trust it?": [
-            "Two promises, set on validation images and tried on test images: 95 of 100 answers are right, if only "
-            "confident images are answered; 90 of 100 sets of classes hold the true class. Both end where images "
-            "differ from the training images, as under corruption.",
-            *table(("ECE", *TRUST)),
-            study.picture(first, "reliability.png", f"confidence and accuracy of {first.name}", evaluate),
-        ],
-        "Limits": [
-            f"- Seeds: {seeds}. With two seeds of each recipe a change of two points of accuracy is seen nine times in "
-            "ten, one of a point every second time. With three, one of a point is seen nine times in ten. Half a point "
-            "needs more than five.\n"
-            "- Words of the study that are not tested: \"background\" (the border is not the background), \"human "
-            "intuition\", \"barely noticeable differences\".\n"
-            "- Some test labels are wrong (section 4). Some test images have near-duplicates in training (section 3).",
-        ],
-        "Reproduce": [f"```\n{commands}\n```"],
-    }  # fmt: skip
-    text = [f"# {network} on {TITLES[study.dataset]}: {' and '.join(study.recipes)}"]
-    for number, (title, paragraphs) in enumerate(sections.items(), 1):
-        text += [f"## {number}. {title}{'' if real else ' (SYNTHETIC data)'}", *paragraphs]
-    return "\n\n".join(text) + "\n"
+    paragraphs = [
+        f"# {network} on {TITLES[study.dataset]}: {' and '.join(study.recipes)}",
+        f"## 1. Setup{synthetic}",
+        f"**{study.heading}.**",
+        setup_table(study),
+        f"## 2. Training{synthetic}",
+        study.picture(last, "training.png", evaluate),
+        "The training loss is on augmented images and, where a recipe smooths, on smoothed targets. The validation "
+        "loss is on plain images and targets.",
+        findings(study, "validation"),
+        f"## 3. Scores{synthetic}",
+        "Accuracy: share of the test images that are classified correctly. Its interval covers the choice of test "
+        "images, not the seed. Deviation: standard deviation between the seeds. Ensemble: the mean probability of the "
+        "runs. NLL, Brier and T are not in percent.",
+        *table(CLASSIFICATION, published),
+        *table(CALIBRATION),
+        f"## 4. Confident failures{synthetic}",
+        *table(FAILURES),
+        *fates(study, find),
+        f"## 5. What the network looked at{synthetic}",
+        study.picture(first, "gradcam.png", explain),
+        "A map of layer4 has 4x4 cells, and each has seen the whole image: it shows where to look, but no outline.",
+        findings(study, "failures rely"),
+        f"## 6. What the change did{synthetic}",
+        "*Supported*: the 95 % interval lies on the claimed side. *Contradicted*: it lies on the other side. *Not "
+        "decided*: neither. The interval covers the choice of test images and the randomness of training, so it needs "
+        "two seeds of each recipe. Equal numbers, fixed beforehand, are the rule: seeds added after a look at the "
+        f"first can tip a verdict.{unequal} The thirteen claims are not corrected for their number.",
+        verdict_table(study, COMPARISONS, ["change [95 %]"]) if others else "A comparison needs two recipes.",
+        verdict_table(study, ABOUT_ONE, [f"{name} [95 %]" for name in study.recipes]),
+        study.picture(last, "verdict.png", evaluate),
+        f"## 7. Confusion and classes{synthetic}",
+        study.picture(first, "confusion.png", evaluate),
+        "Errors inside: share of the errors whose predicted class is in the same superclass.",
+        "Synthetic images have no superclasses." if synthetic else superclass_table(study),
+        f"The pairs of classes that {first.name} confuses most: errors in both directions, means over the seeds.",
+        pairs_table(study),
+        "Accuracy of classes, means over the seeds. Of 100 images a class, up to 20 points between two runs are noise.",
+        classes_table(study),
+        study.picture(first, "per_class.png", evaluate),
+        f"## 8. Stress{synthetic}",
+        "On the first test images of each class. The corruptions are in the style of CIFAR-100-C, 12 of its 15, "
+        "re-implemented, so they do not compare with a published mCE. One attack does not measure robustness.",
+        *table(STRESS),
+        study.picture(last, "stress.png", measure),
+        f"## 9. May I trust it?{synthetic}",
+        "Two promises, set on validation images and tried on test images: 95 of 100 answers are right, if only "
+        "confident images are answered; 90 of 100 sets of classes hold the true class. Both end where images differ "
+        "from the training images, as under corruption.",
+        *table(("ECE", *TRUST)),
+        study.picture(first, "reliability.png", evaluate),
+        f"## 10. Limits{synthetic}",
+        f"Seeds: {seeds}. With two seeds of each recipe a change of two points of accuracy is seen nine times in ten, "
+        "one of a point every second time. With three, one of a point is seen nine times in ten. Half a point needs "
+        "more than five.",
+        "Words of the study that are not tested: \"background\" (the border is not the background), \"human "
+        "intuition\", \"barely noticeable differences\".",
+        "Some test labels are wrong (section 4). Some test images have near-duplicates in training (section 3).",
+        f"## 11. Reproduce{synthetic}",
+        f"```\n{commands}\n```",
+    ]  # fmt: skip
+    return "\n\n".join(paragraphs) + "\n"
 
 
 def write_report(study):
@@ -1248,7 +1225,13 @@ def main(argv=None):
     arms = by_recipe(runs)
     print_scores(runs, arms)
     if args.stress:
-        measure_stress(runs, args)
+        for run in runs:
+            if run.stress and len(run.stress.correct[0]) != args.stress_images:
+                found = f"{run.folder} has stress results on {len(run.stress.correct[0])} images"
+                raise ScriptError(f"{found}; give the same --stress-images, or delete its stress.csv")
+        for run in runs:
+            if not run.stress:
+                measure_stress(run, args)
 
     # the first recipe alone, or every other one against it
     studies = [Study([arms[0], changed]) for changed in arms[1:]] or [Study([arm]) for arm in arms]
