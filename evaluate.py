@@ -123,7 +123,6 @@ ABOUT_ONE = [  # for the baseline and for the changed recipe, side by side
           "share of the errors inside the superclass; mostly: above 50 %",
           reference=0.5, unit="%", real=True,
           remark=lambda runs, base: f"by chance {100 * np.mean([chance_inside(run.confusion) for run in runs]):.1f} %"),
-
     Claim("small animals are below average", "below",
           each(lambda run: contrast(run.raw.correct, SMALL[run.labels], ~SMALL[run.labels])),
           "small animals are among the lowest performing", "accuracy of 15 classes minus that of the others",
@@ -1155,12 +1154,10 @@ def report(study):
 
 def write_report(study):
     """verdict.json, the pictures that need several runs, and report.md; returns the report's path."""
-    content = {"baselines": [run.name for run in study.arms[0]]}
-    content |= {"changed": [run.name for arm in study.arms[1:] for run in arm], "dataset": study.dataset}
     pictures = {"training.png": draw_training, "verdict.png": draw_verdict}
     if all(run.stress for run in study.runs):
         pictures["stress.png"] = draw_stress
-    publish(study.folder / "verdict.json", content | {"claims": [row for _, row in study.rows]}, pictures, study)
+    publish(study.folder / "verdict.json", {"claims": [row for _, row in study.rows]}, pictures, study)
     utils.write_file(study.folder / "report.md", report(study).encode())
     return study.folder / "report.md"
 

@@ -1282,7 +1282,11 @@ def test_verdict_figures_by_hand():
         (("confident failures are doubtful images", "baseline"), *np.mean(doubtful, 0)),
     ):  # fmt: skip
         assert math.isclose(rows[text, name]["figure"], second - first, rel_tol=1e-6, abs_tol=1e-9), text
-    assert set(rows["accuracy stays within 1 point", "changed"]["runs"]) == {run.name for run in base + other}
+    row = rows["accuracy stays within 1 point", "changed"]
+    assert set(row["runs"]) == {run.name for run in base + other}
+    assert row["note"] == f"the interval {'includes' if row['ci95'][0] <= 0 <= row['ci95'][1] else 'excludes'} 0"
+    other[0].stress = evaluate.Stress(*(part[:, :500] for part in other[0].stress))
+    assert "with the same images" in verdict_of(base, other)["less accuracy lost to corruption", "changed"]["note"]
 
 
 def test_verdict_what_has_no_figure_says_why():
@@ -1317,7 +1321,8 @@ def test_verdict_reads_attention_of_this_checkpoint_only():
             row = {"pair": pair, "group": group, "index": i, "border_drop": 0.5 if pair % period == 0 else 0.1}
             rows.append(row | {"centre_drop": 0.3, "checkpoint": "checkpoint of attention"})
     other = [row | {"checkpoint": "abd"} for row in rows]
-    for content, word in ((other, "another best.pt"), ([row | {"index": 10_000} for row in rows], "no such test image")):
+    strange = [row | {"index": 10_000} for row in rows]
+    for content, word in ((other, "another best.pt"), (strange, "no such test image")):
         utils.write_csv(run.folder / "attention.csv", content)
         row, printed = quietly(evaluate.judge, claim, [run])
         assert word in printed and "left out" in printed and "gradcam.py" in row["note"]
@@ -1435,7 +1440,8 @@ def test_chain_evaluate_leaves_out_what_cannot_be_compared():
     for words in ("empty run has no saved epoch", "other labels was scored on other images", "its twin repeats the seed",
                   "unfinished stopped after epoch 3 of 3 (continue it with --resume)"):  # fmt: skip
         assert words in printed, printed
-    assert "mean of" not in printed and json_of(first / "verdict.json")["baselines"] == ["the first"]
+    assert "mean of" not in printed
+    assert {claim["recipe"] for claim in json_of(first / "verdict.json")["claims"]} == {"the first"}
     holder = shutil.copytree(first, SCRATCH / "several/one").parent
     shutil.copytree(first, holder / "two/one")
     refused(evaluate.main, [holder], 2, "holds some", "several/one")
@@ -1477,7 +1483,8 @@ def test_chain_report():
     assert "--stress`" in report  # the section on stress names its command
     metrics = [json_of(run / "metrics.json") for run in (baseline, smoothed)]
     for value in metrics:
-        assert f"| {100 * value['accuracy']:.2f} [" in report and f"{100 * value['trust']['set_coverage']:.2f}" in report
+        for part in (f"| {100 * value['accuracy']:.2f} [", f"| {100 * value['trust']['set_coverage']:.2f} |"):
+            assert part in report, part
     for claim in json_of(smoothed / "verdict.json")["claims"]:
         assert claim["word"] in report and claim["claim"] in report
     index = [int(row["index"]) for row in read_csv(baseline / "failures.csv")]
@@ -1494,6 +1501,15 @@ def test_chain_report():
     before = path.read_bytes()
     without_drawing(evaluate.main, baseline, smoothed)
     assert path.read_bytes() == before  # no clock, no order of files in it
+    twin = copy_of_run("twin", "*.pt", "*.png")
+    config = json_of(twin / "config.json")
+    utils.write_json(twin / "config.json", config | {"args": config["args"] | {"seed": 43}})
+    _, printed = without_drawing(evaluate.main, baseline, twin, copy_of_run("changed", "*.pt", "*.png", number=1))
+    text = (SCRATCH / "changed/report.md").read_text()
+    assert "  mean of 2" in printed and "|   ensemble |" in text and "| control: another seed |" in text
+    assert "Here there are 2 of baseline and 1 of changed." in text and "Here there are" not in report
+    for header in re.findall(r"^\| in % \| accuracy \[95 %\] \| (.*) \|$", text, re.M):
+        assert all(f"\n- {column}: " in text for column in header.split(" | ")), header
 
 
 def test_chain_pictures_are_drawn_when_they_are_due():
