@@ -1596,6 +1596,9 @@ def test_failures_votes_and_other_runs_by_hand():
     control, changed = (run_from(f"{name}/same", logits_of(there, now), dataset="cifar100", **args)
                         for name, args in (("seed43", {"seed": 43}), ("changed", {"seed": 44, "smoothing": 0.1})))  # fmt: skip
     with replaced(failures, "load_dataset", lambda *args, **more: data.load_synthetic(train=False)):
+        assert {row["votes"] for row in find(first)[0]} == {None}  # other labels than those that people looked at
+    official = replaced(failures, "is_test_set", lambda labels: True)
+    with official, replaced(failures, "load_dataset", lambda *args, **more: data.load_synthetic(train=False)):
         rows, printed = find(first, "--compare", control, changed, copied)
         figure = drawn(failures.main, first, "--compare", control)
         assert len(drawn(failures.main, first, "--top", 7).axes) == 10 > len(figure.axes) == 5  # of eight; full rows
@@ -1612,7 +1615,7 @@ def test_failures_votes_and_other_runs_by_hand():
     share, fate = 50 * (data.votes(looked[-1]) < 3), "repaired: 3 of 8, same wrong class: 4, another wrong class: 1"
     for text in (
         f"1 of 8 have a label that fewer than three of five people confirm; of the confident hits {share:.1f} %",
-        f"seed43/same (control: the same recipe, another seed) {fate} mean confidence: 94.5 % -> 50.0 %",
+        f"seed43/same control: the same recipe, another seed {fate} mean confidence: 94.5 % -> 50.0 %",
         f"changed/same {fate}", f"next: python evaluate.py {utils.quote(first)}",  # no best.pt for gradcam.py
     ):  # fmt: skip
         assert text in " ".join(printed.split()), printed
