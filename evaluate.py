@@ -1158,7 +1158,8 @@ def report(study):
         scores.insert(0, PUBLISHED)
     reproduce = [run.config["command"] for run in study.runs if "command" in run.config]
     reproduce += [commands["stress"], *(commands[what, run] for run in study.runs for what in ("failures", "gradcam"))]
-    reproduce = "\n".join(map(utils.plain, [*reproduce, commands["evaluate"]]))
+    reproduce = utils.plain("; ".join([*reproduce, commands["evaluate"]])).replace("; ", "\n")
+    reproduce = reproduce.replace(" results/", " runs/")  # where train.py writes what was published there
     return f"""\
 # {network} on {TITLES[study.dataset]}: {names}
 
@@ -1379,7 +1380,7 @@ def main(argv=None):
             print_verdict(study, rows)
         reports.append(write_report(study))
     if len(arms) < 2:
-        print("A verdict needs two recipes and two seeds of each, as python train.py --seed 43 trains")
+        print("A verdict needs two recipes, and two seeds of each: python train.py --seed 43")
     if not (runs[0].folder / "failures.csv").exists():
         others = [run.folder for run in runs[1:]]
         compare = f" --compare {' '.join(map(utils.quote, others))}" if others else ""

@@ -23,7 +23,7 @@ import textwrap
 import numpy as np
 
 import utils
-from data import DOUBTFUL, SUPERCLASS_OF, TITLES, class_names, load_dataset, votes
+from data import DOUBTFUL, SUPERCLASS_OF, TITLES, class_names, is_test_set, load_dataset, votes
 from utils import ScriptError
 
 COLUMNS = "index true predicted confidence true_probability same_superclass representative votes".split()
@@ -41,6 +41,7 @@ class Run:
         self.probs = np.exp(utils.log_softmax(logits))
         self.preds, self.confidence = self.probs.argmax(1), self.probs.max(1)
         self.correct = self.preds == self.labels
+        self.official = is_test_set(self.labels)  # then people's votes belong to these images
 
 
 def confident_failures(run, threshold):
@@ -77,7 +78,7 @@ def make_rows(run, others, failures, chosen, dataset):
             "true_probability": run.probs[i, label],
             "same_superclass": int(SUPERCLASS_OF[label] == SUPERCLASS_OF[pred]),
             "representative": int(i in chosen),
-            "votes": votes(i) if dataset == "cifar100" else None,
+            "votes": votes(i) if run.official else None,
         }
         for other in others:
             wrong = "same wrong class" if other.preds[i] == pred else "another wrong class"
@@ -101,7 +102,9 @@ def say(text):
 
 def print_fate(run, other, controls, failures, rows):
     """What becomes of the failures in another run."""
-    print(other.name + (" (control: the same recipe, another seed)" if other in controls else ""))
+    print(other.name)
+    if other in controls:
+        print("  control: the same recipe, another seed")
     repaired, same, another = (sum(row[f"{other.name}_outcome"] == word for row in rows) for word in OUTCOMES)
     print(f"  repaired: {repaired:,} of {len(rows):,}, same wrong class: {same:,}, another wrong class: {another:,}")
     before, after = run.confidence[failures].mean(), other.confidence[failures].mean()
@@ -188,7 +191,7 @@ def main(argv=None):
             print("next: python failures.py", *(utils.quote(str(word)) for word in words))
         return rows
 
-    if dataset == "cifar100":
+    if run.official:
         hits = run.correct & (run.confidence > args.threshold)
         of_hits = f"{100 * DOUBTFUL[hits].mean():.1f} %" if hits.any() else "none"
         count = f"{DOUBTFUL[failures].sum():,} of {len(rows):,}"

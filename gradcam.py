@@ -35,6 +35,7 @@ In a notebook:
     picture(model, images[:3], labels[:3])         # a matplotlib figure
 """
 
+import contextlib
 import difflib
 import math
 import textwrap
@@ -344,15 +345,17 @@ def print_attention(rows):
 
 def read_image(path):
     """A picture file as (32, 32, 3) uint8: upright, its central square, on white, in RGB; else ScriptError."""
+    image = None
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # on broken EXIF blocks
             warnings.simplefilter("error", Image.DecompressionBombWarning)  # above 89 million pixels
-            with Image.open(Path(path).expanduser(), formats=FORMATS) as file:
-                try:
-                    image = ImageOps.exif_transpose(file)  # upright
-                except Exception:
-                    image = file.copy()  # a broken EXIF block is ignored
+            with Image.open(Path(path).expanduser(), formats=FORMATS) as file, contextlib.suppress(Exception):
+                image = ImageOps.exif_transpose(file)  # upright
+            if image is None:  # a broken EXIF block is ignored, but not broken pixels
+                with Image.open(Path(path).expanduser(), formats=FORMATS) as file:
+                    file.load()
+                    image = file.copy()
         if image.mode.startswith(("I", "F")):  # 16-bit gray: convert() would clip it all to white
             values = np.asarray(image, np.float64)
             require(np.isfinite(values).all(), "a NaN or infinite pixel")

@@ -138,7 +138,7 @@ def fit(args, device, precision, run_dir, checkpoint):
     announce(run_dir, args, setup, sizes, reason)
     if checkpoint["history"]:
         restore(checkpoint, run_dir / "last.pt", setup, model, optimizer, scaler)
-    config = {"args": vars(args), "dataset": args.dataset, **setup, **sizes, "finished": False}
+    config = {"command": args.command, "args": vars(args), "dataset": args.dataset, **setup, **sizes, "finished": False}
     utils.write_json(run_dir / "config.json", config)
     print(HEADER, flush=True)
 
@@ -490,7 +490,8 @@ def parse_args(argv):
         ways = "without --data-dir, --quick takes synthetic images, and train.py alone downloads it into data/"
         parser.error(f"no CIFAR-100 in --data-dir {data_dir}, nor up to two levels below; {ways}")
     args.data_dir = str(data_dir)  # absolute: the scripts that read this run find the data from anywhere
-    args.output_dir = str(run_dir if args.output_dir else Path("runs") / run_name(args, defaults))
+    name, args.command = names_of(args, defaults)
+    args.output_dir = str(run_dir if args.output_dir else Path("runs") / name)
     return args
 
 
@@ -518,16 +519,19 @@ def check(parser, args):
             parser.error(f"{flag} {getattr(args, flag[2:].replace('-', '_'))} must be {wanted}")
 
 
-def run_name(args, defaults):
-    """baseline, smoothing0.1 or quick, then -<flag><value> for each other recipe flag off its default."""
-    name = "quick" if args.quick else "baseline"
+def names_of(args, defaults):
+    """(name, command) of a run. baseline, smoothing0.1 or quick, then -<flag><value> for each flag off its default."""
+    name, command = ("quick", "python train.py --quick") if args.quick else ("baseline", "python train.py")
     for flag, default in defaults.items():
         value = getattr(args, flag)
         if value != default:
             text = "" if value is True else f"{value:g}" if isinstance(value, float) else str(value)
             name += f"-{flag.replace('_', '-')}{text}"
+            command += f" --{flag.replace('_', '-')} {text}".rstrip()
     name = name.replace("baseline-smoothing", "smoothing")
-    return f"synthetic-{name}" if args.dataset == "synthetic" else name
+    if args.dataset == "synthetic":
+        name, command = f"synthetic-{name}", f"{command} --dataset synthetic"
+    return name, command
 
 
 def main(argv=None):

@@ -34,7 +34,7 @@ import torch
 from model import MODELS, make_model
 
 BLUE, VERMILION, GRAY = "#0072B2", "#D55E00", "#999999"  # Okabe and Ito: colour-blind readers tell them apart
-PLACES = {"data_dir", "data_url", "device", "output_dir", "resume", "quick"}  # flags outside the recipe
+PLACES = {"data_dir", "data_url", "device", "output_dir", "resume", "quick", "command"}  # not of the recipe
 NEWER_FLAGS = {"model": "resnet18", "mixup": 0.0, "cutmix": 0.0}  # of runs from before these flags
 
 

@@ -1,11 +1,16 @@
-"""Damage the files of a run 500 times: every script must give the result of the good file, or one line.
+"""Damage the files of a run at random: every script must give the result of the good file, or one line.
 
-    python .ci/damage.py [SEED]      # ten minutes; a seed repeats a campaign
+    python .ci/damage.py [SECONDS] [SEED]      # 60 s; a seed repeats a campaign
 
-Never a traceback or a hang. Files with a checksum (checkpoints, arrays) must not give another result either;
-in a text file a changed digit is another number.
+Never a traceback, a crash or a hang. Files with a checksum (checkpoints, arrays) must not give another result
+either; in a text file a changed digit is another number. Besides damaged bytes: tensors of the optimizer with
+another shape or dtype, and values in config.json of another type. Each attempt is a process of its own, so that a
+crash of the process is seen.
 """
 
+import io
+import json
+import multiprocessing
 import sys
 import tempfile
 import time
@@ -13,6 +18,7 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -46,61 +52,109 @@ def damaged(content, rng):
     return bytes(copy)
 
 
+def other_optimizer(content, rng):
+    """A last.pt, whole but for one value of its optimizer's state."""
+    checkpoint = torch.load(io.BytesIO(content), weights_only=True)
+    state = checkpoint["optimizer"]["state"]
+    values = state[rng.choice(list(state))]
+    name = rng.choice(list(values))
+    value = values[name]
+    replacements = [value.flatten()[:1], value.double(), value[None], torch.zeros(1).expand(10**9), value.to_sparse(),
+                    value.to("meta"), value.bool(), None, 3.0, "text", value.conj() + 0j]  # fmt: skip
+    values[name] = replacements[rng.integers(len(replacements))]
+    buffer = io.BytesIO()
+    torch.save(checkpoint, buffer)
+    return buffer.getvalue()
+
+
+def other_config(content, rng):
+    """A config.json with one value of another type."""
+    config = json.loads(content)
+    place = config["args"] if rng.random() < 0.7 else config
+    values = [None, "x", -1, 1e99, [], {}, True, "\x1b[31m", 10**30]
+    place[rng.choice(list(place))] = values[rng.integers(len(values))]
+    return json.dumps(config).encode()
+
+
 def attempt(module, argv):
-    """What main() returns, as text, or "one line" if it refuses."""
+    """What main() returns, as text, or "one line" if it refuses; "crash" if the process ends otherwise."""
+    ours, theirs = multiprocessing.get_context("fork").Pipe(False)
+    process = multiprocessing.get_context("fork").Process(target=answer, args=(theirs, module, argv))
+    process.start()
+    theirs.close()
+    found = ours.recv() if ours.poll(120) else "hang"
+    process.kill() if found == "hang" else process.join()
+    return found if process.exitcode in (0, None) or found == "hang" else "crash"
+
+
+def answer(pipe, module, argv):
+    torch.set_num_threads(1)
     try:
-        return repr(without_drawing(module.main, *argv)[0])
+        pipe.send(repr(without_drawing(module.main, *argv)[0]))
     except utils.ScriptError as error:
-        assert "\n" not in str(error) and error.code == 2, error
-        return "one line"
+        pipe.send("one line" if "\n" not in str(error) and error.code == 2 else f"bad error {error}")
 
 
-def main(folder, seed):
+def main(folder, seconds, seed):
+    torch.set_num_threads(1)  # a forked process must not find a pool of threads that is not there
     run, picture = str(folder / "run"), str(folder / "run" / "picture.png")
     flags = [*TINY.split(), "--output-dir", run]
     score, resume, explain = (evaluate, [run]), (train, [*flags, "--resume"]), (gradcam, [run])
-    for call in ((train, flags), score):
-        assert attempt(*call) != "one line", call
+    for module, argv in ((train, flags), score):
+        without_drawing(module.main, *argv)
     logits, labels = utils.load_logits(run, "test")
     wrong = np.exp(utils.log_softmax(logits)).max(1)[logits.argmax(1) != labels]
     find = (failures, [run, "--threshold", str(np.sort(wrong)[-12])])  # eleven of them
-    for call in (find, explain):
-        assert attempt(*call) != "one line", call
-    table = (  # file, how often, who reads it, whether it has a checksum
-        ("best.pt", 120, [(gradcam, [run, "--index", "1", "2"]), score], True),
-        ("last.pt", 100, [resume], True),
-        ("test_logits.npy", 40, [find, score], True),
-        ("test_labels.npy", 40, [find, score], True),
-        ("val_logits.npy", 20, [score], True),
-        ("metrics.json", 40, [find, score], False),
-        ("config.json", 40, [find, explain, score], False),
-        ("failures.csv", 40, [explain], False),
-        ("attention.csv", 30, [score], False),
-        ("picture.png", 50, [(gradcam, [run, "--image", picture])], False),
-    )
+    for module, argv in (find, explain):
+        without_drawing(module.main, *argv)
+    unfinished = utils.load_checkpoint(folder / "run/last.pt") | {"finished": False}
+    unfinished["history"] = unfinished["history"][:1]  # so that a resume trains
     Image.fromarray(np.random.default_rng(5).integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(picture)
-    rng, evaluate.RESAMPLES = np.random.default_rng(seed), 100
-    for name, count, calls, has_checksum in table:
+    table = (  # file, how it is damaged, who reads it, whether it has a checksum
+        ("best.pt", damaged, [(gradcam, [run, "--index", "1", "2"]), score], True),
+        ("last.pt", damaged, [resume], True),
+        ("last.pt", other_optimizer, [resume], False),
+        ("test_logits.npy", damaged, [find, score], True),
+        ("test_labels.npy", damaged, [find], True),
+        ("val_logits.npy", damaged, [score], True),
+        ("metrics.json", damaged, [find, score], False),
+        ("config.json", damaged, [find, explain, score], False),
+        ("config.json", other_config, [find, explain, score, resume], False),
+        ("failures.csv", damaged, [explain, score], False),
+        ("attention.csv", damaged, [score], False),
+        ("log.csv", damaged, [score], False),
+        ("picture.png", damaged, [(gradcam, [run, "--image", picture])], False),
+    )
+    rng = np.random.default_rng(seed)
+    for name, damage, calls, has_checksum in table:
         start, outcomes, path = time.monotonic(), Counter(), folder / "run" / name
-        good = {file: file.read_bytes() for file in path.parent.iterdir()}
+        good = {file: file.read_bytes() for file in path.parent.iterdir() if file.is_file()}
+        if damage is other_optimizer:
+            torch.save(unfinished, path)
+        content = path.read_bytes()
         expected = [attempt(*call) for call in calls]
-        for _ in range(count):
-            content = damaged(good[path], rng)
+        while time.monotonic() - start < seconds / len(table):
+            hurt = damage(content, rng)
             for call, right in zip(calls, expected):
-                path.write_bytes(content)
+                path.write_bytes(hurt)
                 found = attempt(*call)
-                outcome = "same result" if found == right else "another result"
-                outcome = "one line" if found == "one line" else outcome
+                known = found in ("one line", "hang", "crash") or found.startswith("bad error")
+                outcome = found if known else "same result" if found == right else "another result"
                 outcomes[outcome] += 1
-                assert not (has_checksum and outcome == "another result"), (path, call)
+                bad = not known and has_checksum and outcome == "another result"
+                if bad or (known and found != "one line"):
+                    kept = Path(tempfile.gettempdir()) / f"damaged-{name}"
+                    kept.write_bytes(hurt)
+                    sys.exit(f"{name}: {outcome} of {call[0].__name__} {call[1]}; the file is {kept}")
                 for file, before in good.items():
                     if not file.exists() or file.read_bytes() != before:
                         file.write_bytes(before)
-        print(f"{path.name}: {count} times, {dict(outcomes)}, {time.monotonic() - start:.0f} s", flush=True)
+        print(f"{name}, {damage.__name__}: {sum(outcomes.values())} times, {dict(outcomes)}", flush=True)
 
 
 if __name__ == "__main__":
-    seed = int(sys.argv[1]) if len(sys.argv) > 1 else int(time.time())
+    seconds = float(sys.argv[1]) if len(sys.argv) > 1 else 60
+    seed = int(sys.argv[2]) if len(sys.argv) > 2 else int(time.time())
     print(f"seed {seed}", flush=True)
     with tempfile.TemporaryDirectory() as holder:
-        main(Path(holder), seed)
+        main(Path(holder), seconds, seed)
