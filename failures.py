@@ -92,7 +92,7 @@ def make_rows(run, others, failures, chosen, dataset):
 def doubt(row):
     """A word on an image whose label fewer than three of five people uphold, else ""."""
     doubtful = row["votes"] is not None and row["votes"] < 3
-    return f"label doubtful: {row['votes']} of 5" if doubtful else ""
+    return f"label doubtful: {row['votes']} of 5 agree" if doubtful else ""
 
 
 def say(text):
@@ -129,13 +129,13 @@ def draw(images, rows, title, other):
     for axes in grid.flat:
         axes.axis("off")
     for axes, row in zip(grid.flat, shown):
-        lines = ["representative"] if row["representative"] else []
-        lines += [f"true: {row['true']}", f"predicted: {row['predicted']}"]
+        word, color = ("representative", utils.VERMILION) if row["representative"] else ("", "black")
+        lines = [word, f"true: {row['true']}", f"predicted: {row['predicted']}"]
         lines += [f"{100 * row['confidence']:.2f} %, image {row['index']}"]
         lines += [f"other: {row[other + '_predicted']} {100 * row[other + '_confidence']:.0f} %"] if other else []
-        lines += [doubt(row)] if doubt(row) else []
+        lines += [doubt(row)]
         axes.imshow(images[row["index"]], interpolation="nearest")
-        axes.set_title("\n".join(lines), fontsize=9.5, color=utils.VERMILION if row["representative"] else "black")
+        axes.set_title("\n".join(filter(None, lines)), fontsize=9.5, color=color)
     return figure
 
 
@@ -184,7 +184,7 @@ def main(argv=None):
     if utils.write_csv(run.folder / "failures.csv", rows, [*COLUMNS, *added, "checkpoint"]):
         picture.unlink(missing_ok=True)  # it shows the old failures
     if not rows:
-        print(f"nothing to show; wrote an empty failures.csv to {run.folder}")
+        print(f"nothing to show; wrote an empty failures.csv to {utils.quote(run.folder)}")
         if not run.correct.all():  # the ten most confident mistakes exceed it; the last --threshold counts
             tenth = run.confidence[confident_failures(run, 0)[:10]].min()
             words = [*(argv or ()), "--threshold", math.floor(100 * tenth - 1e-9) / 100]
@@ -193,20 +193,19 @@ def main(argv=None):
 
     if run.official:
         hits = run.correct & (run.confidence > args.threshold)
-        of_hits = f"{100 * DOUBTFUL[hits].mean():.1f} %" if hits.any() else "none, there are none"
+        of_hits = f"{100 * DOUBTFUL[hits].mean():.1f} %" if hits.any() else "none"
         count = f"{DOUBTFUL[failures].sum():,} of {len(rows):,}"
         say(f"{count} have a label that fewer than three of five people confirm; of the confident hits {of_hits}")
     print("representative: evenly spread over the ranks, one per pair of classes")
     for row in [row for row in rows if row["representative"]]:
-        note = f", {doubt(row)}" if doubt(row) else ""
-        taken = f"{row['true']} taken for {row['predicted']}"
-        print(f"  image {row['index']:>5}: {taken}, {100 * row['confidence']:.2f} %{note}")
+        words = [f"{row['true']} taken for {row['predicted']}", f"{100 * row['confidence']:.2f} %", doubt(row)]
+        print(f"  image {row['index']:>5}: {', '.join(filter(None, words))}")
     for other in others:
         print_fate(run, other, controls, failures, rows)
     if others and not controls:
         print("Failures picked for their confidence in one run look better in any other run.")
         print("By how much: --compare with the same recipe under another --seed, too.")
-    print(f"wrote failures.csv to {run.folder}", flush=True)
+    print(f"wrote failures.csv to {utils.quote(run.folder)}", flush=True)
 
     try:
         images, labels = load_dataset(dataset, data_dir, train=False)
@@ -219,7 +218,7 @@ def main(argv=None):
     title = textwrap.fill(f"{run.name}: {what}, {len(rows):,} in all", 90)
     utils.save_figure(picture, draw, images.numpy(), rows, title, others[0].name if others else None)
     if picture.exists():
-        print(f"wrote failures.png to {run.folder}")
+        print(f"wrote failures.png to {utils.quote(run.folder)}")
     script = "gradcam" if (run.folder / "best.pt").exists() else "evaluate"  # a published run may be without it
     print(f"next: python {script}.py {utils.quote(run.folder)}{utils.data_flag(args)}")
     return rows
