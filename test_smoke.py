@@ -1493,26 +1493,69 @@ def test_chain_pictures_are_drawn_when_they_are_due():
     assert "warning: no confusion.png: Failed to process string with tex" in printed and "accuracy [95 %]" in printed
 
 
-def test_published_runs_agree_with_themselves():
-    """Scoring them again, alone and together, without data, changes no published file; README's numbers are theirs."""
+@functools.cache
+def published():
+    """{name: Run} of results/, from a copy of this session's."""
     results = HERE / "results"
     if not results.exists():
         raise unittest.SkipTest("no published runs here")
     work = shutil.copytree(results, SCRATCH / "results")
+    folders = sorted(path.parent for path in work.glob("*/config.json"))
+    runs = {path.name: evaluate.read_run(*utils.open_run(path), path.name) for path in folders}
+    for run in runs.values():
+        run.stress = evaluate.read_stress(run)
+    return runs
+
+
+def test_published_runs_agree_with_themselves():
+    """The commands of results/README.md, without data, change no published file; failures are those of the logits."""
+    work = next(iter(published().values())).folder.parent
     before = {path: path.read_bytes() for path in work.rglob("*") if path.is_file()}
-    for line in (HERE / "results/README.md").read_text().splitlines():
-        if line.startswith("python evaluate.py "):
-            runs = [work / Path(name).name for name in line.split()[2:]]
-            with replaced(evaluate, "HERE", SCRATCH), replaced(evaluate, "load_dataset", None):
-                without_drawing(evaluate.main, *runs)
-    changed = [path.name for path in before if path.read_bytes() != before[path]]
-    assert not changed, changed
-    for run in work.glob("*/failures.csv"):
-        run = run.parent
-        logits, labels = utils.load_logits(run, "test")
-        scores = evaluate.Scores(logits, labels)
-        listed = [int(row["index"]) for row in read_csv(run / "failures.csv")]
-        assert sorted(listed) == np.flatnonzero(scores.failures).tolist(), run
+    commands = re.findall(r"^python evaluate.py (.*)$", (work / "README.md").read_text(), re.M)
+    with replaced(evaluate, "HERE", SCRATCH), replaced(evaluate, "load_dataset", None):
+        for command in commands:
+            without_drawing(evaluate.main, *(work / Path(name).name for name in command.split()))
+    changed = [path for path, content in before.items() if path.read_bytes() != content]
+    assert commands and not changed, changed
+    for run in published().values():
+        listed = [int(row["index"]) for row in read_csv(run.folder / "failures.csv")]
+        assert sorted(listed) == np.flatnonzero(run.raw.failures).tolist(), run.name
+
+
+def test_published_numbers_in_readme():
+    """Each row that begins with a published run is computed anew; other numbers of that section are in a report."""
+    runs, readme = published(), (HERE / "README.md").read_text()
+    columns = {
+        "accuracy": lambda run: run.raw.correct.mean(),
+        "no dup.": lambda run: run.raw.correct[~data.DUPLICATES].mean(),
+        "F1": lambda run: run.values["macro_f1"],
+        "confident errors": lambda run: run.raw.failures.mean(),
+        "surest half": lambda run: evaluate.surest_half(run).mean(),
+        "gap": lambda run: run.values["signed_gap"],
+        "corrupted": lambda run: run.stress.correct[evaluate.KINDS == "corruption"].mean(),
+        "answers": lambda run: run.trust["answers"],
+    }
+    section = readme.split("## What we found")[1].split("\n## ")[0]
+    reports = "".join(path.read_text() for path in (HERE / "results").glob("*/report.md"))
+    header, checked = [], 0
+    for line in section.splitlines():
+        cells = [cell.strip() for cell in line.strip("| ").split(" | ")]
+        name = cells[0].strip("`")
+        header = cells if cells[0] == "run" else header
+        if name not in runs:
+            known = re.findall(r"[-+]?\d+\.\d+", reports) + ["65.96", "65.88", "73.5", "0.1", "5.5"]
+            unknown = [number for number in re.findall(r"[-+]?\d+\.\d+", line) if number not in known]
+            assert not unknown, (line, unknown)
+            continue
+        same = [run for run in runs.values() if utils.recipe(run.config) == utils.recipe(runs[name].config)]
+        for column, cell in list(zip(header, cells))[1:]:
+            found = [100 * columns[column](run) for run in same] if column in columns else []
+            spread = f" ± {np.std(found, ddof=1):.2f}" if len(found) > 1 else ""
+            seeds = ", ".join(sorted(str(run.seed) for run in same))
+            expected = f"{np.mean(found):.2f}{spread}" if found else seeds if column == "seeds" else cell
+            assert cell == expected, (name, column, cell, expected)
+            checked += column in columns
+    assert checked > 20
 
 
 # ---- failures ------------------------------------------------------------------------------------------------------
@@ -1571,8 +1614,8 @@ def test_chain_failures():
         i, pred = int(row["index"]), probs[int(row["index"])].argmax()
         assert row["true"] == f"synthetic_{labels[i]:02d}" and row["predicted"] == f"synthetic_{pred:02d}"
         assert row["true_probability"] == f"{probs[i, labels[i]]:.6g}" and row["confidence"] == f"{probs[i].max():.6g}"
-        assert (row["smoothing0.1_outcome"] == "repaired") == (other[i] == labels[i]) and row["votes"] == ""
         assert int(row["same_superclass"]) == (data.SUPERCLASS_OF[labels[i]] == data.SUPERCLASS_OF[pred])
+        assert (row["smoothing0.1_outcome"] == "repaired") == (other[i] == labels[i]) and row["votes"] == ""
         assert row["checkpoint"] == utils.sha256(baseline / "best.pt")
     assert sum(row["representative"] == "1" for row in rows) == 3 and rows[0]["representative"] == "1"
     assert "any other run" in printed[3] and "people" not in printed[3] and within_79_columns(printed[3])
@@ -1582,69 +1625,70 @@ def test_chain_failures():
     assert failures.representative(np.arange(10), same, same, 3) == [0]  # one pair of classes
 
 
-def test_failures_in_other_runs_by_hand():
-    """What a control and a changed run make of ten failures; two folders of one name are told apart."""
-    labels, preds, confidence = wrong_images()
-    first, copied = run_from("hand/first"), run_from("hand/copy")  # of one seed: no control
+def test_failures_votes_and_other_runs_by_hand():
+    """Whose label people doubt, and what a control and a changed run, in folders of one name, make of failures."""
+    looked = [i for i in range(10_000) if data.votes(i) is not None]
+    doubtful = next(i for i in looked if data.votes(i) == 2)
+    failed = [9999, doubtful, *[i for i in looked if data.votes(i) == 3][:6]]  # at 9999 nobody looked
+    (labels, *_), confidence, hits = wrong_images(), np.full(10_000, 0.6), [9998, looked[-1]]
+    preds, (confidence[failed], confidence[hits]) = labels.copy(), (0.98 - np.arange(8) / 100, 0.95)
+    preds[failed] = (labels[failed] + 1) % 100
+    first, copied = (run_from(name, logits_of(preds, confidence), dataset="cifar100") for name in ("first", "copied"))
     there, now = preds.copy(), confidence.copy()
-    there[:3], there[3], now[:10] = labels[:3], (labels[3] + 2) % 100, 0.5
-    control = run_from("hand/seed43/same", logits_of(there, now), seed=43)
-    now[:10] = 0.4
-    changed = run_from("hand/changed/same", logits_of(there, now), smoothing=0.1)
-    rows, printed = find(first, "--threshold", "0.895", "--compare", control, changed, copied)
+    there[failed[:3]], there[failed[3]], now[failed] = labels[failed[:3]], (labels[failed[3]] + 2) % 100, 0.5
+    control, changed = (
+        run_from(f"{name}/same", logits_of(there, now), dataset="cifar100", **args)
+        for name, args in (("seed43", {"seed": 43}), ("changed", {"seed": 44, "smoothing": 0.1}))
+    )
+    with replaced(failures, "load_dataset", lambda *args, **more: data.load_synthetic(train=False)):
+        assert {row["votes"] for row in find(first)[0]} == {None}  # other labels than those that people looked at
+    official = replaced(failures, "is_test_set", lambda labels: True)
+    with official, replaced(failures, "load_dataset", lambda *args, **more: data.load_synthetic(train=False)):
+        rows, printed = find(first, "--compare", control, changed, copied)
+        figure = drawn(failures.main, first, "--compare", control)
+        assert len(drawn(failures.main, first, "--top", 7).axes) == 10 > len(figure.axes) == 5  # of eight; full rows
     for column, values in (
-        ("index", list(range(10))),
-        ("checkpoint", ["checkpoint of hand/first"] * 10),
-        ("seed43/same_outcome", ["repaired"] * 3 + ["another wrong class"] + ["same wrong class"] * 6),
-        ("changed/same_predicted", [f"synthetic_{k:02d}" for k in there[:10]]),
-        ("copy_outcome", ["same wrong class"] * 10),
+        ("index", failed),
+        ("votes", [None, 2, *[3] * 6]),
+        ("checkpoint", ["checkpoint of first"] * 8),
+        ("seed43/same_outcome", ["repaired"] * 3 + ["another wrong class"] + ["same wrong class"] * 4),
+        ("changed/same_predicted", [data.CLASS_NAMES[label] for label in there[failed]]),
+        ("copied_outcome", ["same wrong class"] * 8),
     ):
         assert [row[column] for row in rows] == values, column
-    assert np.allclose([rows[0]["confidence"], rows[0]["changed/same_confidence"]], [0.99, 0.4])
-    printed = " ".join(printed.split())
-    fate = "repaired: 3 of 10, same wrong class: 6, another wrong class: 1 mean confidence: 94.5 % ->"
-    assert f"seed43/same (control: the same recipe, another seed) {fate} 50.0 %" in printed, printed
-    assert f"changed/same {fate} 40.0 %" in printed and printed.count("control") == 1, printed
-
-
-def test_failures_picture_and_votes():
-    """Full rows, the representative first, by colour and word; people's votes on official CIFAR-100 images alone."""
-    looked = [i for i in range(10_000) if data.votes(i) is not None]
-    doubtful, upheld = (next(i for i in looked if (data.votes(i) < 3) == less) for less in (True, False))
-    nobody, (labels, *_), confidence = 9999, wrong_images(), np.full(10_000, 0.6)
-    more, hits = [i for i in looked if data.votes(i) == 5][5:10], [doubtful + 1, 9998]
-    failed, preds = [nobody, upheld, doubtful, *more], labels.copy()
-    preds[failed], confidence[failed], confidence[hits] = (labels[failed] + 1) % 100, 0.98 - np.arange(8) / 100, 0.95
-    run = run_from("doubt", logits_of(preds, confidence), dataset="cifar100")
-    other = run_from("other", logits_of(labels, confidence), dataset="cifar100")
-    with replaced(failures, "load_dataset", lambda *args, **more: data.load_synthetic(train=False)):
-        rows, printed = find(run, "--compare", other)
-        figure = drawn(failures.main, run, "--compare", other)
-        assert len(drawn(failures.main, run, "--top", 7).axes) == 10 > len(figure.axes) == 5  # of eight
-    assert [row["votes"] for row in rows] == [None, data.votes(upheld), data.votes(doubtful), *[5] * 5]
-    share = 100 * np.mean([data.votes(i) is not None and data.votes(i) < 3 for i in hits])
-    line = f"1 of 8 have a label that fewer than three of five people confirm; of the confident hits {share:.1f} %"
-    assert line in " ".join(printed.split()) and f"next: python evaluate.py {utils.quote(run)}\n" in printed  # no best.pt
-    assert figure.get_suptitle().startswith("doubt: CIFAR-100 test images") and figure.get_figwidth() == 10
-    order = sorted(rows, key=lambda row: -row["representative"])
-    for axes, row in zip(figure.axes, order):
-        title, images = axes.get_title(), data.load_synthetic(train=False)[0].numpy()
+    assert np.allclose([rows[0]["confidence"], rows[0]["changed/same_confidence"]], [0.98, 0.5])
+    share, fate = 50 * (data.votes(looked[-1]) < 3), "repaired: 3 of 8, same wrong class: 4, another wrong class: 1"
+    for text in (
+        f"1 of 8 have a label that fewer than three of five people confirm; of the confident hits {share:.1f} %",
+        f"seed43/same control: the same recipe, another seed {fate} mean confidence: 94.5 % -> 50.0 %",
+        f"changed/same {fate}", f"next: python evaluate.py {utils.quote(first)}",  # no best.pt for gradcam.py
+    ):  # fmt: skip
+        assert text in " ".join(printed.split()), printed
+    assert printed.count("control") == 1  # a copy is none
+    assert figure.get_suptitle().startswith("first: CIFAR-100 test images") and figure.get_figwidth() == 10
+    images = data.load_synthetic(train=False)[0].numpy()
+    for axes, row in zip(figure.axes, sorted(rows, key=lambda row: -row["representative"])):
+        title = axes.get_title()
         assert (axes.images[0].get_array() == images[row["index"]]).all() and axes.title.get_fontsize() >= 9
         assert ("representative" in title) == (axes.title.get_color() != "black") == row["representative"]
-        assert (f"label doubtful: {data.votes(doubtful)} of 5" in title) == (row["index"] == doubtful)
-        for word in (row["true"], row["predicted"], f"image {row['index']}", f"other: {row['other_predicted']}"):
+        assert re.findall("label doubtful: .*", title) == ["label doubtful: 2 of 5 agree"] * (row["index"] == doubtful)
+        for word in (row["true"], row["predicted"], f"image {row['index']}", f"other: {row['seed43/same_predicted']}"):
             assert word in title
+    words = f"test image {doubtful}\ntrue: lion"
+    assert gradcam.caption("cifar100", doubtful, "lion") == f"{words}\nlabel doubtful: 2 of 5 agree"
+    assert gradcam.caption("synthetic", doubtful, "lion") == words
+    assert not any("doubtful" in gradcam.caption("cifar100", i, "lion") for i in (9999, failed[2]))
 
 
 def test_failures_nothing_to_show_is_no_error():
     run, other = run_from("sure/one"), run_from("sure/two words", seed=43)
     (run / "failures.png").write_text("of another threshold")
-    rows, printed = find(run, "--threshold", "0.995", "--compare", other, "--data-dir", SCRATCH)
+    typed = [str(run), "--threshold", "0.995", "--compare", str(other), "--data-dir", str(SCRATCH)]
+    rows, printed = find(*typed)
     assert rows == [] and "nothing to show" in printed and not (run / "failures.png").exists()
-    assert list(utils.read_csv(run / "failures.csv", "", "", dict.fromkeys(failures.COLUMNS, str))) == []
+    assert utils.read_csv(run / "failures.csv", "", "", dict.fromkeys(failures.COLUMNS, str)) == []
     command = shlex.split(printed.split("next: python failures.py ")[1])
-    given = [str(run), "--threshold", "0.995", "--compare", str(other), "--data-dir", str(SCRATCH)]
-    assert command == [*given, "--threshold", "0.89"] and len(find(*command)[0]) == 10  # it works
+    assert command == [*typed, "--threshold", "0.89"] and len(find(*command)[0]) == 10  # it works
     labels, _, confidence = wrong_images()
     assert "next" not in find(run_from("sure/all", logits_of(labels, confidence)))[1]  # no mistake at all
 
@@ -1653,9 +1697,8 @@ def test_failures_refuses():
     """Wrong flags change nothing. Without the images the list is written, and no older picture stays."""
     run, rolled = run_from("refusing/one"), run_from("refusing/rolled", labels=np.roll(wrong_images()[0], 1))
     for flags, *words in (
-        (["--top", "0"], "--top 0"), (["--top", "25"], "--top 25"), (["--threshold", "1.5"], "--threshold 1.5"),
-        (["--threshold", "nan"], "nan"), (["--device", "cpu"], "--device"), (["--compare", run], "different runs"),
-        (["--compare", rolled], "rolled", "other images"), (["--compare", run / "nothing"], "config.json", "train.py"),
+        (["--top", "0"], "--top 0"), (["--threshold", "nan"], "nan"), (["--device", "cpu"], "--device"),
+        (["--compare", run], "different runs"), (["--compare", rolled], "rolled", "other images"),
     ):  # fmt: skip
         refused(failures.main, [run, *flags], 2, *words)
     assert not (run / "failures.csv").exists()
@@ -1664,10 +1707,9 @@ def test_failures_refuses():
     with replaced(failures, "load_dataset", side_effect=ScriptError("no network", code=1)):
         refused(failures.main, [run], 1, "failures.csv is written", "failures.png", "no network")
     assert len(read_csv(run / "failures.csv")) == 9 and not (run / "failures.png").exists()
-    with replaced(os, "access", lambda path, mode: Path(path) != rolled.parent / "read-only"):  # as in /kaggle/input
-        other = run_from("refusing/read-only")
-        assert find(run, "--compare", other)[0]  # only read
-        refused(failures.main, [other, "--compare", run], 2, "cannot be written to")
+    with replaced(os, "access", lambda path, mode: Path(path) != rolled):  # as in /kaggle/input: only read
+        refused(failures.main, [run, "--compare", rolled], 2, "other images")
+        refused(failures.main, [rolled], 2, "cannot be written to")
 
 
 # ---- Grad-CAM ------------------------------------------------------------------------------------------------------
@@ -1684,9 +1726,7 @@ def trained_like(name="resnet18", width=8):
 
 def test_gradcam_identities_at_the_last_map():
     """Under a pooled linear head the map is classic CAM / (h w), and its sum plus the bias is the logit."""
-    targets, features, rows = torch.tensor([0, 5, 5, 99, 42, 17]), {}, torch.arange(6)
-    others = (targets + 50) % 100
-    close = functools.partial(torch.allclose, rtol=1e-5, atol=1e-5)
+    targets, features = torch.tensor([0, 5, 5, 99, 42, 17]), {}
     for name, layer in LAST_MAP.items():
         model, images = trained_like(name)
         maps, module = gradcam.grad_cam(model, images, targets, layer), getattr(model, layer)
@@ -1695,10 +1735,8 @@ def test_gradcam_identities_at_the_last_map():
         assert maps.shape == (6, *features["out"].shape[2:]) and maps.dtype == torch.float32 and (maps < 0).any()
         cam = torch.einsum("nk,nkhw->nhw", model.fc.weight[targets], features["out"]) / maps[0].numel()
         assert torch.allclose(maps, cam, rtol=1e-5, atol=1e-6), name
-        assert close(maps.sum((1, 2)) + model.fc.bias[targets], logits[rows, targets]), name
-        margin = maps - gradcam.grad_cam(model, images, others, module)  # where one class's lead comes from
-        lead = margin.sum((1, 2)) + model.fc.bias[targets] - model.fc.bias[others]
-        assert close(lead, logits[rows, targets] - logits[rows, others]), name
+        sums, logits = maps.sum((1, 2)) + model.fc.bias[targets], logits[torch.arange(6), targets]
+        assert torch.allclose(sums, logits, rtol=1e-5, atol=1e-5), name
 
 
 def test_gradcam_at_other_layers_follows_the_definition():
@@ -1746,7 +1784,7 @@ def test_gradcam_batch_modes_and_traces():
     for arguments, word in (
         ((images, targets, "layer5"), "no layer layer5; its parts are conv1"), ((images, targets, None), "no layer"),
         ((images, targets, stranger), "no layer"), ((images, targets, "fc"), "no map"),
-        ((images, targets, "never"), "depend on layer never"), ((images, targets, "ignored"), "depend on layer ignored"),
+        ((images, targets, "never"), "on layer never"), ((images, targets, "ignored"), "on layer ignored"),
         ((pixels, targets), "data.normalize"), ((images * 128, targets), "data.normalize"),
         ((images, 3), "torch.tensor([3])"), ((images, targets[:5]), "targets"), ((images, targets.float()), "targets"),
         ((images, targets + 95), "outside 0..99"), ((images, targets - 1), "outside 0..99"),
@@ -1793,7 +1831,7 @@ def test_gradcam_reads_any_image():
     deep = Image.fromarray(np.linspace(1000, 60_000, 32 * 32).astype(np.uint16).reshape(32, 32))
     for name, image, options, expected in (
         ("square.png", rgb, {}, exact), ("turned.png", exact, {"exif": exif}, turned),
-        ("turned.tif", exact, {"exif": exif}, turned), ("broken.png", exact, {"exif": b"Exif\0\0MM\0*junk"}, exact),
+        ("turned.tif", exact, {"exif": exif}, turned), ("broken.png", exact, {"exif": b"Exif\0\0junk junk"}, exact),
         ("gray.png", rgb.convert("L"), {}, exact.convert("L").convert("RGB")), ("deep.png", deep, {}, None),
         ("clear.png", Image.new("RGBA", (32, 32), (255, 0, 0, 0)), {}, 255), ("ink.jpg", rgb.convert("CMYK"), {}, None),
         ("hole.png", still, {"transparency": still.getpixel((0, 0))}, None), ("some.gif", still, {}, None),
@@ -1837,14 +1875,13 @@ def test_gradcam_pictures_show_what_they_say():
         assert np.allclose(axis.images[0].get_array(), values / top.clamp(min=1e-12), atol=1e-5)
         assert axis.images[0].get_alpha() is None and axis.title.get_fontsize() >= 9  # no mixture with the image
     assert np.array_equal(grid[0, 0].images[0].get_array(), images[0]) and not grid[1, 2].images  # second: no mistake
-    words = r"a\$b\$", f"predicted: {names[preds[0]]}", f"true: {names[labels[0]]}", "rather than"
-    words += (f"other run: {names[elsewhere[0]]}",)
+    words = (r"a\$b\$", f"predicted: {names[preds[0]]}", f"true: {names[labels[0]]}", "rather than",
+             f"other run: {names[elsewhere[0]]}")  # fmt: skip
     assert all(word in axis.get_title() for axis, word in zip(grid[0], words)) and figure.get_figwidth() == 10
-    assert figure._repr_png_()[1:4] == b"PNG"  # a notebook shows it
-    asked = gradcam.picture(model, images[0], target=7, layer=model.layer3, title="run")
+    asked = gradcam.picture(model, images[0], target=7, layer=model.layer3)
     assert f"asked: {names[7]}" in asked.axes[1].get_title() and "Sequential, 8x8 cells" in asked.get_suptitle()
-    top = gradcam.predict_image(model, images[0].numpy())
-    assert top[0][0] == names[preds[0]] and len(top) == 5
+    assert asked._repr_png_()[1:4] == b"PNG"  # a notebook shows it
+    assert gradcam.predict_image(model, images[0].numpy())[0][0] == names[preds[0]]
     for pixels in (images / 255, images[0].numpy() / 255, images[:, :16], images[0].tolist()):  # plt.imread: floats
         for function in (gradcam.predict_image, gradcam.picture, gradcam.explain):
             with raises((ValueError, ScriptError), msg=function):
@@ -1878,9 +1915,6 @@ def test_chain_gradcam():
     figure = drawn(gradcam.main, baseline, "--device", "cpu", "--compare", smoothed)
     words = "ResNet-18", "SYNTHETIC", "run baseline", "other run: smoothing0.1", "layer4, 4x4 cells"
     assert all(word in figure.get_suptitle() for word in words) and len(figure.axes) == 4 * 5
-    worst = int(np.flatnonzero(data.DOUBTFUL)[0])
-    assert gradcam.caption("cifar100", worst, "lion").endswith(f"true: lion\nlabel doubtful: {data.votes(worst)} of 5")
-    assert gradcam.caption("synthetic", worst, "lion") == f"test image {worst}\ntrue: lion"
     for flags, word in ((["--compare", baseline], "another run"), (["--compare", SCRATCH / "x"], "config.json")):
         refused(gradcam.main, [baseline, *flags], 2, word)
 
@@ -1927,13 +1961,9 @@ def test_chain_attention():
     assert f"{share:.1f} % of them" in printed and printed.count("sanity: ") == 2, printed
     assert within_79_columns(printed)
     assert printed.endswith(f"next: python evaluate.py {utils.quote(baseline)}\n")  # the report; nothing leads back
-    # The nearest, each once, in the order of the failures; no more than there are; of one class if 0.02 allow it.
-    for classes, candidates, candidate_classes, expected in (
-        ([7, 7, 7], [0.5, 0.92, 0.949, 0.99], [7, 7, 7, 7], [2, 1, 3]), ([7, 7, 7], [0.93], [7], [0]),
-        ([7, 8, 9], [0.951, 0.935, 0.965, 0.84], [5, 5, 7, 9], [2, 1, 0]),
-    ):  # fmt: skip
-        arrays = map(np.array, (classes, candidates, candidate_classes))
-        assert gradcam.match_on_confidence([0.95, 0.94, 0.91], *arrays).tolist() == expected
+    # The nearest, each once, in the order of the failures; of one class if that is at most 0.02 further away.
+    matches = [0.95, 0.94, 0.91], np.array([7, 8, 9]), [0.951, 0.935, 0.965, 0.84], np.array([5, 5, 7, 9])
+    assert gradcam.match_on_confidence(*matches).tolist() == [2, 1, 0]
 
 
 def test_chain_gradcam_without_failures_and_with_bad_ones():
@@ -1947,12 +1977,10 @@ def test_chain_gradcam_without_failures_and_with_bad_ones():
     rows, printed = explain(run_dir, "--data-dir", SCRATCH)
     assert rows == [] and "is empty" in printed and f"next: python evaluate.py {run} --data-dir" in printed
     again, (index, true, predicted, *_, digest) = f"python failures.py {run}", first.split(",")
-    nobody = text.replace(",1,,", ",0,,")
     for content, *words in (
-        *((content, "failures.csv", again) for content in (
-            "", "hello\n", "\0", f"{header}\n{first.replace(index, 'zero', 1)}\n", f"{header}\n{first}\n{first}\n",
-            f"{header}\n{first.replace(index, '10000', 1)}\n", f"{header}\n1,2,3\n", text + ",one cell more\n",
-            f"{header[:-1]}\n{first}\n", nobody)),
+        ("hello", "failures.csv", again), (text.replace(",1,,", ",0,,"), "not a list of failures", again),
+        (f"{header}\n{first}\n{first}\n", "not a list of failures", again),
+        (f"{header}\n{first.replace(index, '10000', 1)}\n", "not a list of failures", again),
         (text.replace(digest, "0" * 64), "another best.pt", again),
         (text.replace(true, predicted), "does not fit this data set", f"evaluate.py {run}"),
     ):  # fmt: skip
