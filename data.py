@@ -80,9 +80,8 @@ def class_names(dataset):
 def augment(padded, index, offsets, flips):
     """One training batch by one gather: a random crop of each padded image, flipped where flips says so.
 
-    padded: (N, 40, 40, 3) uint8. index (B,), offsets (B, 2) as row and column, flips (B,): a slice of
-    epoch_plan, on the device of padded. Returns (B, 3, 32, 32) float32, normalised. The mirror image costs
-    nothing: its columns count down.
+    padded: (N, 40, 40, 3) uint8. index (B,), offsets (B, 2) as row and column, flips (B,): a slice of epoch_plan, on
+    the device of padded. Returns (B, 3, 32, 32) float32, normalised. A mirror image is free: its columns count down.
     """
     window = torch.arange(32, device=padded.device)
     rows = offsets[:, :1] + window  # (B, 32)
@@ -93,9 +92,8 @@ def augment(padded, index, offsets, flips):
 def epoch_plan(seed, epoch, n):
     """All random draws of one epoch: order (n,) int64, crop offsets (n, 2) in 0..8 int64, flips (n,) bool.
 
-    Entry i belongs to the i-th image that the epoch visits. Derived from (seed, epoch) and nothing else, so
-    epoch 7 is the same on every device, and the same whether or not the process was restarted before it.
-    epoch counts from 1; 0 is the split.
+    Entry i belongs to the i-th image that the epoch visits. Derived from (seed, epoch) alone, so epoch 7 is the same
+    on every device, and after every restart. epoch counts from 1; 0 is the split.
     """
     rng = np.random.default_rng([seed, epoch])
     plan = rng.permutation(n), rng.integers(0, 9, (n, 2)), rng.random(n) < 0.5
@@ -108,10 +106,7 @@ def pad(images):
 
 
 def normalize(images):
-    """uint8 (B, 32, 32, 3) to float32 (B, 3, 32, 32), zero mean and unit variance per channel.
-
-    In memory it stays channels_last, except on Apple's GPUs (see utils.memory_format).
-    """
+    """uint8 (B, 32, 32, 3) to float32 (B, 3, 32, 32), zero mean and unit variance per channel, in memory_format()."""
     mean, std = mean_std(images.device)
     images = (images.permute(0, 3, 1, 2).float() - mean) / std
     return images.contiguous(memory_format=memory_format(images.device))
@@ -126,15 +121,16 @@ def mean_std(device):
 def mix_plan(seed, epoch, steps, mixup=0.0, cutmix=0.0):
     """How each batch of an epoch is mixed: a list of (lam, box), from (seed, epoch) alone like epoch_plan.
 
-    mixup, cutmix: the alpha of each; if both are above 0, every batch takes one of them at random. lam: the
-    share of an image that stays, drawn from Beta(alpha, alpha). box: the rows and columns that CutMix
-    replaces, centred anywhere and cut off at the edges, after which lam is the share outside; None for MixUp.
-    Zhang et al., arXiv:1710.09412; Yun et al., arXiv:1905.04899.
+    mixup, cutmix: the alpha of each; if both are above 0, every batch takes one of them at random. lam: the share of an
+    image that stays, drawn from Beta(alpha, alpha). box: the rows and columns that CutMix replaces, centred anywhere
+    and cut off at the edges, after which lam is the share outside; None for MixUp. Zhang et al., arXiv:1710.09412; Yun
+    et al., arXiv:1905.04899.
     """
     rng, plan = np.random.default_rng([seed, epoch, 1]), []
     for _ in range(steps):
         cut = cutmix > 0 and (mixup == 0 or rng.random() < 0.5)
-        lam, box = rng.beta(*[cutmix if cut else mixup] * 2), None
+        alpha = cutmix if cut else mixup
+        lam, box = rng.beta(alpha, alpha), None
         if cut:
             center, half = rng.integers(0, 32, 2), int(16 * math.sqrt(1 - lam))
             (top, left), (bottom, right) = np.maximum(center - half, 0), np.minimum(center + half, 32)
@@ -174,7 +170,7 @@ def split_id(val_index):
 
 
 def is_test_set(labels):
-    """Are these (N,) integers the labels of the official test images, in their order? What is known of these holds then."""
+    """Are these (N,) integers the labels of the official test images, in their order?"""
     return zlib.crc32(np.asarray(labels).astype(np.uint8).tobytes()) == 907090714
 
 
@@ -194,9 +190,9 @@ def load_dataset(dataset, data_dir, train, download=False, url=None):
 def load_cifar100(data_dir="data", train=True, download=False, url=None):
     """images (N, 32, 32, 3) uint8 and labels (N,) int64; N is 50,000 if train, else 10,000.
 
-    data_dir: where find_cifar100 looks; it may be read-only. download: if there are no files, unpack the archive
-    in data_dir or fetch it from url; any byte-identical copy will do, since torchvision compares MD5 sums before
-    it unpacks or unpickles. Raises ScriptError: code 1 if that fails, 2 for files that are missing or altered.
+    data_dir: where find_cifar100 looks; it may be read-only. download: if there are no files, unpack the archive in
+    data_dir or fetch it from url; any byte-identical copy will do, since torchvision compares MD5 sums before it
+    unpacks or unpickles. Raises ScriptError: code 1 if that fails, 2 for files that are missing or altered.
     """
     from torchvision.datasets import CIFAR100  # takes a second to import
 
@@ -225,8 +221,8 @@ def load_cifar100(data_dir="data", train=True, download=False, url=None):
 def find_cifar100(data_dir):
     """The folder with train, test and meta: data_dir, or one at most two levels below; None if there is none.
 
-    Links are followed; hidden folders and those that cannot be read are passed over. If data_dir has no more
-    than the archive, or a cifar-100-python that lacks a file, it is data_dir/cifar-100-python.
+    Links are followed; hidden and unreadable folders are passed over. If data_dir has no more than the archive, or a
+    cifar-100-python that lacks a file, it is data_dir/cifar-100-python.
     """
     top = Path(os.path.expanduser(data_dir))
     for pattern in (".", "*/", "*/*/"):
@@ -271,10 +267,9 @@ def fetch(top, url):
 def load_synthetic(train=True):
     """A stand-in with CIFAR-100's shapes, made in a second: images (N, 32, 32, 3) uint8, labels (N,) int64.
 
-    Every class is a pattern of 4x4 colours, each one third its superclass's and two thirds its own.
-    An image blends its class's pattern with a share of up to 0.55 of another one's, plus noise. Where that
-    share is above one half the label is wrong in effect, so that even a perfect classifier makes mistakes,
-    some of them confident.
+    Every class is a pattern of 4x4 colours, each one third its superclass's and two thirds its own. An image blends
+    its class's pattern with a share of up to 0.55 of another one's, plus noise. Where that share is above one half the
+    label is wrong in effect, so that even a perfect classifier makes mistakes, some of them confident.
     """
     shared, own = np.random.default_rng(100).integers(0, 200, (2, NUM_CLASSES, 4, 4, 3))  # for both splits
     patterns = (shared[SUPERCLASS_OF] + 2 * own) / 3
@@ -296,19 +291,19 @@ def as_pixels(images):
     """uint8 tensor (N, 32, 32, 3) of such a tensor or array, or of one image (32, 32, 3). ValueError for all else."""
     if isinstance(images, np.ndarray) and images.dtype == np.uint8:
         images = torch.from_numpy(np.array(images, order="C"))  # a copy: an array may be read-only
-    sound = isinstance(images, torch.Tensor) and images.dtype == torch.uint8 and images.ndim in (3, 4)
-    sound = sound and images.shape[-3:] == (32, 32, 3)
+    sound = isinstance(images, torch.Tensor) and images.dtype == torch.uint8
+    sound = sound and images.ndim in (3, 4) and images.shape[-3:] == (32, 32, 3)
     require(sound, "images must be uint8 (N, 32, 32, 3), values 0 to 255, as load_cifar100 returns them")
     return images.reshape(-1, 32, 32, 3)
 
 
 def corrupt(images, name, severity, seed=0):
-    """uint8 (N, 32, 32, 3) images, corrupted: CIFAR-100-C style, re-implemented. Same shape and dtype.
+    """uint8 (N, 32, 32, 3) images, corrupted: CIFAR-100-C style, re-implemented.
 
-    images: see as_pixels. name: one of CORRUPTIONS. severity: 1 to 5. Operations and strengths are those of
-    CIFAR-100-C (Hendrycks and Dietterich, arXiv:1903.12261) without motion blur, snow and frost, which need
-    ImageMagick or photographs. The noise comes from the seed, the corruption, the severity and the image's place
-    in the call, so image i gets the same whatever N is. Raises ValueError for a wrong argument.
+    images: see as_pixels. name: one of CORRUPTIONS. severity: 1 to 5. Operations and strengths are those of CIFAR-100-C
+    (Hendrycks and Dietterich, arXiv:1903.12261) without motion blur, snow and frost, which need ImageMagick or
+    photographs. The noise comes from the seed, the corruption, the severity and the image's place in the call, so
+    image i gets the same whatever N is. Raises ValueError for a wrong argument.
     """
     images = as_pixels(images)
     require(name in CORRUPTIONS, f"unknown corruption {name!r}; there are {', '.join(CORRUPTIONS)}")

@@ -23,7 +23,7 @@ import textwrap
 import numpy as np
 
 import utils
-from data import DOUBTFUL, SUPERCLASS_OF, TITLES, class_names, load_dataset, votes
+from data import DOUBTFUL, SUPERCLASS_OF, TITLES, class_names, is_test_set, load_dataset, votes
 from utils import ScriptError
 
 COLUMNS = "index true predicted confidence true_probability same_superclass representative votes".split()
@@ -41,6 +41,7 @@ class Run:
         self.probs = np.exp(utils.log_softmax(logits))
         self.preds, self.confidence = self.probs.argmax(1), self.probs.max(1)
         self.correct = self.preds == self.labels
+        self.official = is_test_set(self.labels)  # then people's votes belong to these images
 
 
 def confident_failures(run, threshold):
@@ -77,7 +78,7 @@ def make_rows(run, others, failures, chosen, dataset):
             "true_probability": run.probs[i, label],
             "same_superclass": int(SUPERCLASS_OF[label] == SUPERCLASS_OF[pred]),
             "representative": int(i in chosen),
-            "votes": votes(i) if dataset == "cifar100" else None,
+            "votes": votes(i) if run.official else None,
         }
         for other in others:
             wrong = "same wrong class" if other.preds[i] == pred else "another wrong class"
@@ -91,7 +92,7 @@ def make_rows(run, others, failures, chosen, dataset):
 def doubt(row):
     """A word on an image whose label fewer than three of five people uphold, else ""."""
     doubtful = row["votes"] is not None and row["votes"] < 3
-    return f"label doubtful: {row['votes']} of 5" if doubtful else ""
+    return f"label doubtful: {row['votes']} of 5 agree" if doubtful else ""
 
 
 def say(text):
@@ -101,7 +102,9 @@ def say(text):
 
 def print_fate(run, other, controls, failures, rows):
     """What becomes of the failures in another run."""
-    print(other.name + (" (control: the same recipe, another seed)" if other in controls else ""))
+    print(other.name)
+    if other in controls:
+        print("  control: the same recipe, another seed")
     repaired, same, another = (sum(row[f"{other.name}_outcome"] == word for row in rows) for word in OUTCOMES)
     print(f"  repaired: {repaired:,} of {len(rows):,}, same wrong class: {same:,}, another wrong class: {another:,}")
     before, after = run.confidence[failures].mean(), other.confidence[failures].mean()
@@ -126,13 +129,13 @@ def draw(images, rows, title, other):
     for axes in grid.flat:
         axes.axis("off")
     for axes, row in zip(grid.flat, shown):
-        lines = ["representative"] if row["representative"] else []
-        lines += [f"true: {row['true']}", f"predicted: {row['predicted']}"]
+        word, color = ("representative", utils.VERMILION) if row["representative"] else ("", "black")
+        lines = [word, f"true: {row['true']}", f"predicted: {row['predicted']}"]
         lines += [f"{100 * row['confidence']:.2f} %, image {row['index']}"]
         lines += [f"other: {row[other + '_predicted']} {100 * row[other + '_confidence']:.0f} %"] if other else []
-        lines += [doubt(row)] if doubt(row) else []
+        lines += [doubt(row)]
         axes.imshow(images[row["index"]], interpolation="nearest")
-        axes.set_title("\n".join(lines), fontsize=9.5, color=utils.VERMILION if row["representative"] else "black")
+        axes.set_title("\n".join(filter(None, lines)), fontsize=9.5, color=color)
     return figure
 
 
@@ -181,29 +184,28 @@ def main(argv=None):
     if utils.write_csv(run.folder / "failures.csv", rows, [*COLUMNS, *added, "checkpoint"]):
         picture.unlink(missing_ok=True)  # it shows the old failures
     if not rows:
-        print(f"nothing to show; wrote an empty failures.csv to {run.folder}")
+        print(f"nothing to show; wrote an empty failures.csv to {utils.quote(run.folder)}")
         if not run.correct.all():  # the ten most confident mistakes exceed it; the last --threshold counts
             tenth = run.confidence[confident_failures(run, 0)[:10]].min()
             words = [*(argv or ()), "--threshold", math.floor(100 * tenth - 1e-9) / 100]
             print("next: python failures.py", *(utils.quote(str(word)) for word in words))
         return rows
 
-    if dataset == "cifar100":
+    if run.official:
         hits = run.correct & (run.confidence > args.threshold)
-        of_hits = f"{100 * DOUBTFUL[hits].mean():.1f} %" if hits.any() else "none, there are none"
+        of_hits = f"{100 * DOUBTFUL[hits].mean():.1f} %" if hits.any() else "none"
         count = f"{DOUBTFUL[failures].sum():,} of {len(rows):,}"
         say(f"{count} have a label that fewer than three of five people confirm; of the confident hits {of_hits}")
     print("representative: evenly spread over the ranks, one per pair of classes")
     for row in [row for row in rows if row["representative"]]:
-        note = f", {doubt(row)}" if doubt(row) else ""
-        taken = f"{row['true']} taken for {row['predicted']}"
-        print(f"  image {row['index']:>5}: {taken}, {100 * row['confidence']:.2f} %{note}")
+        words = [f"{row['true']} taken for {row['predicted']}", f"{100 * row['confidence']:.2f} %", doubt(row)]
+        print(f"  image {row['index']:>5}: {', '.join(filter(None, words))}")
     for other in others:
         print_fate(run, other, controls, failures, rows)
     if others and not controls:
         print("Failures picked for their confidence in one run look better in any other run.")
         print("By how much: --compare with the same recipe under another --seed, too.")
-    print(f"wrote failures.csv to {run.folder}", flush=True)
+    print(f"wrote failures.csv to {utils.quote(run.folder)}", flush=True)
 
     try:
         images, labels = load_dataset(dataset, data_dir, train=False)
@@ -216,7 +218,7 @@ def main(argv=None):
     title = textwrap.fill(f"{run.name}: {what}, {len(rows):,} in all", 90)
     utils.save_figure(picture, draw, images.numpy(), rows, title, others[0].name if others else None)
     if picture.exists():
-        print(f"wrote failures.png to {run.folder}")
+        print(f"wrote failures.png to {utils.quote(run.folder)}")
     script = "gradcam" if (run.folder / "best.pt").exists() else "evaluate"  # a published run may be without it
     print(f"next: python {script}.py {utils.quote(run.folder)}{utils.data_flag(args)}")
     return rows

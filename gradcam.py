@@ -457,7 +457,7 @@ def explain_file(run, other, target, path):
 def caption(dataset, index, name):
     """The words above a test image; name: its true class."""
     upheld = votes(index) if dataset == "cifar100" else None
-    doubt = f"\nlabel doubtful: {upheld} of 5" if upheld is not None and upheld < 3 else ""
+    doubt = f"\nlabel doubtful: {upheld} of 5 agree" if upheld is not None and upheld < 3 else ""
     return f"test image {index}\ntrue: {name}{doubt}"
 
 

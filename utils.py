@@ -36,6 +36,7 @@ from model import MODELS, make_model
 BLUE, VERMILION, GRAY = "#0072B2", "#D55E00", "#999999"  # Okabe and Ito: colour-blind readers tell them apart
 PLACES = {"data_dir", "data_url", "device", "output_dir", "resume", "quick", "command"}  # not of the recipe
 NEWER_FLAGS = {"model": "resnet18", "mixup": 0.0, "cutmix": 0.0}  # of runs from before these flags
+RANGES = {"seed": range(2**32), "epochs": range(1, 2**31), "width": range(1, 1025), "val_size": range(50_000)}
 
 
 # ---- metrics --------------------------------------------------------------------------------------------
@@ -53,22 +54,19 @@ def confusion_matrix(labels, preds, num_classes):
 
     Raises ValueError unless both are integers in 0..C-1 and equally many.
     """
-    labels, preds = np.asarray(labels), np.asarray(preds)
-    for classes in (labels, preds):
-        integers = classes.ndim == 1 and classes.dtype.kind in "iu"
-        require(integers and len(classes) == len(labels), "labels and preds must be (N,) integers")
-        require(((classes >= 0) & (classes < num_classes)).all(), f"a class outside 0..{num_classes - 1}")
-    counts = np.bincount(labels.astype(np.int64) * num_classes + preds, minlength=num_classes**2)
-    return counts.reshape(num_classes, num_classes)
+    pairs = np.stack([labels, preds])  # ValueError unless they are equally long
+    require(pairs.ndim == 2 and pairs.dtype.kind in "iu", "labels and preds must be (N,) integers")
+    require(((pairs >= 0) & (pairs < num_classes)).all(), f"a class outside 0..{num_classes - 1}")
+    labels, preds = pairs.astype(np.int64)
+    return np.bincount(labels * num_classes + preds, minlength=num_classes**2).reshape(num_classes, num_classes)
 
 
 def macro_scores(confusion):
     """Unweighted means over the classes of precision, recall and F1, each in [0, 1].
 
-    confusion: (C, C) counts, row = true class, column = predicted class. A precision, recall or F1 of 0/0
-    counts as 0, so the mean is always over C classes (scikit-learn: zero_division=0). Example: [[3, 1], [2,
-    4]] has precisions 3/5, 4/5, recalls 3/4, 4/6, and F1 6/9, 8/11. Raises ValueError if the matrix is not
-    square.
+    confusion: (C, C) counts, row = true class, column = predicted class. A precision, recall or F1 of 0/0 counts as
+    0, so the mean is always over C classes (scikit-learn: zero_division=0). Example: [[3, 1], [2, 4]] has precisions
+    3/5, 4/5, recalls 3/4, 4/6, and F1 6/9, 8/11. Raises ValueError if the matrix is not square.
     """
     confusion = np.asarray(confusion, np.float64)
     square = confusion.ndim == 2 and confusion.shape[0] == confusion.shape[1]
@@ -86,8 +84,8 @@ def calibration_bins(confidence, num_bins=15):
 def calibration_error(confidence, correct, num_bins=15):
     """Expected calibration error in [0, 1]: sum over bins of (n_b / N) |accuracy_b - mean confidence_b|.
 
-    confidence: (N,) largest softmax probability. correct: (N,) bool. Guo et al., arXiv:1706.04599, equation
-    3. n_b cancels: n_b (accuracy_b - mean confidence_b) is the sum of (correct - confidence) over the bin.
+    confidence: (N,) largest softmax probability. correct: (N,) bool. Guo et al., arXiv:1706.04599, equation 3.
+    n_b cancels: n_b (accuracy_b - mean confidence_b) is the sum of (correct - confidence) over the bin.
     """
     gaps = np.asarray(confidence, np.float64) - np.asarray(correct, np.float64)
     sums = np.bincount(calibration_bins(confidence, num_bins), weights=gaps, minlength=num_bins)
@@ -142,13 +140,13 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
 class ArgumentParser(argparse.ArgumentParser):
     """argparse with a script's docstring and the defaults in --help, and without abbreviations.
 
-    A mistake raises ScriptError instead of SystemExit, so that main([...]) in a notebook cell raises an
-    ordinary exception. main() without arguments ignores the command line of the notebook's kernel.
+    A mistake raises ScriptError, which in a notebook is an ordinary exception, instead of SystemExit. parse_args(None)
+    takes no arguments: sys.argv there is that of the notebook's kernel.
     """
 
     def __init__(self, script, docstring):
-        name = Path(script).name
-        super().__init__(prog=name, description=docstring, formatter_class=HelpFormatter, allow_abbrev=False)
+        options = {"formatter_class": HelpFormatter, "allow_abbrev": False}
+        super().__init__(prog=Path(script).name, description=docstring, **options)
 
     def parse_args(self, argv):
         return super().parse_args([str(word) for word in argv or ()])
@@ -168,14 +166,14 @@ def add_common_flags(parser, device=True):
 def run_script(main):
     """Run main() as a script does: one line on stderr instead of a traceback, and a telling exit status.
 
-    0: done. 2: a wrong argument or input file. 1: network, disk, memory or divergence. 130:
-    Ctrl-C. 143: SIGTERM. A bug in these scripts still shows its traceback.
+    0: done. 2: a wrong argument or input file. 1: network, disk, memory or divergence. 130: Ctrl-C. 143: SIGTERM.
+    A bug in these scripts still shows its traceback.
     """
 
     def stop(signum, frame):
         for other in (signal.SIGINT, signal.SIGTERM):  # a second Ctrl-C must not interrupt the clean-up
             signal.signal(other, signal.SIG_IGN)
-        raise KeyboardInterrupt(*["SIGTERM"] * (signum == signal.SIGTERM))
+        raise KeyboardInterrupt("SIGTERM") if signum == signal.SIGTERM else KeyboardInterrupt
 
     signal.signal(signal.SIGINT, stop)
     signal.signal(signal.SIGTERM, stop)  # by default SIGTERM ends Python without running any `finally`
@@ -192,41 +190,42 @@ def run_script(main):
     except ScriptError as error:
         message, code = str(error), error.code
     except KeyboardInterrupt as interrupt:
-        message, code = "stopped", 143 if interrupt.args else 130  # Ctrl-C's has no arguments
+        message, code = "stopped", 143 if interrupt.args else 130
     except BrokenPipeError:  # `python evaluate.py ... | head`: quiet, as a program that SIGPIPE ends
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except OSError as error:
         where, what = error.filename or "the system", error.strerror or error
         message, code = f"{where}: {what}; what was saved is intact", 1
-    except (MemoryError, RuntimeError) as error:
-        # cuDNN without memory for its workspace finds no "engine" or "algorithm"
-        memory = re.search("(?i)alloc|out of memory|find an engine|valid cuDNN algorithm", str(error))
-        if isinstance(error, RuntimeError) and not memory:
+    except (MemoryError, RuntimeError) as error:  # cuDNN without memory finds no "engine" or "algorithm"
+        if not re.search("(?i)alloc|memoryerror|out of memory|find an engine|valid cuDNN algorithm", repr(error)):
             raise
         message, code = "out of memory; use another --device (to train: a smaller --batch-size)", 1
     print(f"{Path(sys.argv[0]).name}: error: {plain(message)}", file=sys.stderr)
     sys.exit(code)
 
 
-# ---- writing --------------------------------------------------------------------------------------------
+# ---- files ----------------------------------------------------------------------------------------------
 
 
 def write_file(path, content):
     """Write bytes: a kill leaves the old file or the new one. Returns whether the content is new.
 
-    An equal file is left alone, so that scoring a published run again leaves a clone clean. Where path is a
-    link, its target is written.
+    An equal file is left alone, so scoring a published run again leaves a clone clean. A link's target is written.
     """
     path = Path(os.path.realpath(path))
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        if path.is_file() and path.stat().st_size == len(content) and path.read_bytes() == content:
+        if path.is_file() and path.read_bytes() == content:
             return False
         with open(partial, "wb") as file:
             file.write(content)
             file.flush()
-            sync(file)
+            try:
+                os.fsync(file.fileno())  # on the disk, before its name points to it
+            except OSError as error:  # some network drives cannot
+                if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS):
+                    raise
         os.replace(partial, path)
         return True
     except OSError as error:
@@ -235,15 +234,6 @@ def write_file(path, content):
     finally:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
-
-
-def sync(file):
-    """Wait until a file is on the disk, before its name points to it; some network drives cannot (EINVAL)."""
-    try:
-        os.fsync(file.fileno())
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS):
-            raise
 
 
 def rounded(value):
@@ -294,9 +284,6 @@ def lock(file, wait=False):
     return True
 
 
-# ---- reading: whatever comes from disk goes through reading() --------------------------------------------
-
-
 @contextlib.contextmanager
 def reading(path, made_by, what):
     """The bytes of a file, to be parsed in the `with` block; ScriptError in one line if it is missing or damaged.
@@ -342,10 +329,9 @@ def read_npy(path, made_by, what, shape, kinds, wrong=lambda array: [], digest=N
     wrong(array): which rows have a value that cannot be. digest: the file's SHA-256, if it is known.
     """
     with reading(path, made_by, what) as content:
-        known = digest in (None, hashlib.sha256(content).hexdigest())
-        require(known, "damaged or replaced: metrics.json was made from another one")
-        require(content[:6] == b"\x93NUMPY", "no .npy file")
-        array = np.load(io.BytesIO(content), allow_pickle=False)
+        same = digest in (None, hashlib.sha256(content).hexdigest())
+        require(same, "damaged or replaced: metrics.json was made from another one")
+        array = np.lib.format.read_array(io.BytesIO(content), allow_pickle=False)  # np.load would take other formats
         fits = array.size > 0 and array.shape[1:] == shape[1:] and shape[0] in (None, len(array))
         require(fits and array.dtype.kind in kinds, f"{array.dtype} {array.shape} instead of {kinds} {shape}")
         rows = np.flatnonzero(wrong(array))
@@ -371,24 +357,22 @@ def open_run(text, writable=True):
 
     writable: must it be?
     """
-    try:
-        run_dir = Path(text).expanduser() if text is not None else last_run()
-    except RuntimeError:
-        raise ScriptError(f"{text}: no such user") from None
+    run_dir = Path(os.path.expanduser(text)) if text is not None else last_run()
     if run_dir.is_file():
         raise ScriptError(f"{run_dir} is a file; name the run directory, such as {run_dir.parent}")
     inside = [] if (run_dir / "config.json").exists() else sorted(run_dir.glob("*/config.json"))
     if inside:
         runs = " ".join(quote(path.parent) for path in inside)
         raise ScriptError(f"{run_dir} is no run, but holds some; name those you mean: {runs}")
-    path, what = run_dir / "config.json", "the config.json of a run"
-    config = read_json(path, "python train.py", what)
-    with reading(path, "python train.py", what):
-        args = config.get("args")
-        require(isinstance(args, dict), "no arguments of train.py")
-        require(config.get("dataset") in ("cifar100", "synthetic"), "no known data set")
-        for flag, kinds in {"seed": int, "epochs": int, "width": int, "model": str, "smoothing": (int, float)}.items():
-            require(flag not in args or isinstance(args[flag], kinds), f"{flag} is {args.get(flag)!r}")
+    with reading(run_dir / "config.json", "python train.py", "the config.json of a run") as content:
+        config = json.loads(content)
+        args = NEWER_FLAGS | config["args"]
+        require(config["dataset"] in ("cifar100", "synthetic"), "no known data set")
+        require(args["model"] in MODELS, f"no model {args['model']!r} here")
+        require(isinstance(args.get("smoothing", 0.0), (int, float)), f"smoothing is {args.get('smoothing')!r}")
+        for flag, allowed in RANGES.items():
+            value = args.get(flag, allowed[-1])
+            require(type(value) is int and value in allowed, f"{flag} is {value!r}")
     if writable and not os.access(run_dir, os.W_OK):
         raise ScriptError(f"{run_dir} cannot be written to; copy it to a folder of yours")
     return run_dir, config
@@ -414,14 +398,9 @@ def recipe(config):
 
 def dataset_of(config, args):
     """(dataset, data_dir) of a run: the user's --data-dir, else the folder that the run remembers, else data."""
-    if args.data_dir:
-        return config["dataset"], args.data_dir
     remembered = str(config["args"].get("data_dir") or "data")
-    try:
-        reached = Path(remembered).expanduser().exists()
-    except (OSError, RuntimeError, ValueError):  # not ours to look into; no such user; a NUL byte
-        reached = False
-    return config["dataset"], remembered if reached else "data"
+    reached = os.path.exists(remembered)  # False also where it may not be looked
+    return config["dataset"], args.data_dir or (remembered if reached else "data")
 
 
 def data_flag(args):
@@ -438,8 +417,8 @@ def check_torch():
 def load_checkpoint(path):
     """The dict that train.py saved, tensors on the CPU, with the SHA-256 of these bytes under "sha256".
 
-    Nothing in the file is executed (weights_only). Its CRC sums are compared first, which torch.load does not
-    do: a flipped bit in a tensor would go unnoticed.
+    Nothing in the file is executed (weights_only). Its CRC sums are compared first, which torch.load does not do: a
+    flipped bit in a tensor would go unnoticed.
     """
     check_torch()
     with reading(path, "python train.py", "a checkpoint of this project") as content:
@@ -454,31 +433,22 @@ def load_checkpoint(path):
             asks = re.search(r"GLOBAL (\S+)", str(error))
             raise ValueError(f"it asks to run {asks[1]}, refused" if asks else type(error).__name__) from None
         require(checkpoint["format"] == 1 and type(checkpoint["epoch"]) is int, "another version of train.py")
-        args = checkpoint["args"] = NEWER_FLAGS | checkpoint["args"]
-        require(args["dataset"] in ("cifar100", "synthetic"), "an unknown data set")
-        require(args["model"] in MODELS, f"no model {args['model']!r} here")
-        sizes = {"width": range(1, 1025), "seed": range(2**32), "val_size": range(50_000)}
-        for key, allowed in sizes.items():
-            require(type(args[key]) is int and args[key] in allowed, f"bad {key}")
         weights = checkpoint["model"]
         require(all(isinstance(name, str) and is_array(tensor) for name, tensor in weights.items()), "no weights")
-        size = sum(tensor.numel() * tensor.element_size() for tensor in weights.values())
-        require(size <= len(content), "tensors larger than the file")  # views that repeat a few numbers
-        return checkpoint | {"sha256": hashlib.sha256(content).hexdigest()}
+        own = {"args": NEWER_FLAGS | checkpoint["args"], "sha256": hashlib.sha256(content).hexdigest()}
+        return checkpoint | own
 
 
 def is_array(value):
     """Is it a plain tensor of real numbers in memory? A file can hold sparse, complex and meta tensors, too."""
     plain_tensor = isinstance(value, torch.Tensor) and value.layout is torch.strided and value.device.type == "cpu"
-    return plain_tensor and not value.is_complex() and not value.is_quantized
+    if not plain_tensor or value.is_complex() or value.is_quantized:
+        return False
+    return value.numel() * value.element_size() <= value.untyped_storage().nbytes()  # a view can repeat a few numbers
 
 
 def load_weights(model, state, path, assign=False):
-    """Put a checkpoint's weights into model; DataParallel and torch.compile prefix their names.
-
-    assign: take the tensors themselves, into a model that has no memory yet.
-    """
-    state = {re.sub(r"^(module\.|_orig_mod\.)+", "", name): tensor for name, tensor in state.items()}
+    """Put a checkpoint's weights into model. assign: the tensors themselves, into a model that has no memory yet."""
     try:
         model.load_state_dict(state, assign=assign)  # compares names and shapes
     except RuntimeError as error:  # names every tensor that is missing, unexpected or of another shape
@@ -490,20 +460,18 @@ def load_weights(model, state, path, assign=False):
 
 def load_best(run, device):
     """(network, checkpoint) of a run's best.pt: the network with its weights, on the device, in eval mode."""
-    path, config = Path(run).expanduser() / "best.pt", Path(run).expanduser() / "config.json"
+    run_dir, config = open_run(run, writable=False)
+    path, args = run_dir / "best.pt", NEWER_FLAGS | config["args"]
     checkpoint = load_checkpoint(path)
-    args = checkpoint["args"]
-    if config.exists():
-        known = NEWER_FLAGS | open_run(run, writable=False)[1]["args"]
-        other = [flag for flag in args.keys() - PLACES if args[flag] != known.get(flag)]
-        if other:
-            was = f"--{other[0].replace('_', '-')} {args[other[0]]}, config.json says {known.get(other[0])}"
+    for flag, value in rounded(checkpoint["args"]).items():  # config.json has six digits
+        if flag not in PLACES and value != args.get(flag):
+            was = f"--{flag.replace('_', '-')} {value}, config.json says {args.get(flag)}"
             raise ScriptError(f"{path} belongs to another run ({was}); put its own best.pt back")
     with torch.device("meta"):  # shapes without memory: a file cannot make it larger than itself
         model = make_model(args["model"], width=args["width"])
     load_weights(model, checkpoint["model"], path, assign=True)
     model = model.float().to(device, memory_format=memory_format(device))
-    return model.eval(), checkpoint
+    return model.eval(), checkpoint | {"args": args}
 
 
 def load_model(run, device="cpu"):
@@ -514,17 +482,16 @@ def load_model(run, device="cpu"):
 def recorded_checksums(run_dir):
     """{file: SHA-256} in metrics.json: of best.pt and of the arrays that it was made from."""
     path, made_by = Path(run_dir) / "metrics.json", f"python evaluate.py {quote(run_dir)}"
-    found = read_json(path, made_by, "the scores of a run").get("sha256")
-    with reading(path, made_by, "the scores of a run"):
-        require(isinstance(found, dict), "no checksums")
-    return found
+    with reading(path, made_by, "the scores of a run") as content:
+        known = json.loads(content)["sha256"]
+        require(isinstance(known, dict), "no checksums")
+        return known
 
 
 def load_logits(run_dir, split):
     """(logits, labels) that evaluate.py saved for split "test" or "val": (N, 100) float64 and (N,) int64.
 
-    Raises ScriptError for a wrong shape, dtype or value, and for files other than those that metrics.json was
-    made from.
+    Raises ScriptError for a wrong shape, dtype or value, and for other files than metrics.json was made from.
     """
     run_dir, made_by = Path(run_dir), f"python evaluate.py {quote(run_dir)}"
     known = recorded_checksums(run_dir) if (run_dir / "metrics.json").exists() else {}
@@ -535,8 +502,6 @@ def load_logits(run_dir, split):
 
     logits = load("logits", (10_000 if split == "test" else None, 100), "f", lambda array: ~np.isfinite(array).all(1))
     labels = load("labels", (len(logits),), "iu", lambda array: (array < 0) | (array > 99))
-    if logits.min() >= 0 and np.abs(logits.sum(1, dtype=np.float64) - 1).max() < 1e-3:
-        warn(f"{run_dir}: {split}_logits.npy looks like probabilities: every confidence from it is too low")
     return logits.astype(np.float64), labels.astype(np.int64)
 
 
@@ -633,10 +598,9 @@ class Progress:
 
     def __init__(self):
         try:
-            terminal = sys.stdout.isatty()
+            self.redraw = sys.stdout.isatty()
         except (AttributeError, ValueError):  # a stand-in without isatty; closed
-            terminal = False
-        self.redraw = terminal and os.environ.get("TERM") != "dumb"
+            self.redraw = False
         self.interval = 0.5 if self.redraw else 30.0  # seconds
         self.last = time.monotonic()
 
