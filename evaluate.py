@@ -588,7 +588,8 @@ def read_stress(run):
 
 # ---- tables ---------------------------------------------------------------------------------------------
 
-COLUMNS = {  # column of a table: (metric, what it is)
+# The tables of scores: {column: (metric, what it is)}
+CLASSIFICATION = {
     "no dup.": ("accuracy_without_duplicates", "accuracy without 891 images that have a near-duplicate in training"),
     "precision": ("macro_precision", "mean over the 100 classes (macro)"),
     "recall": ("macro_recall", "mean over the classes"),
@@ -596,6 +597,8 @@ COLUMNS = {  # column of a table: (metric, what it is)
     "top-5": ("top5_accuracy", "the true class is among the five most likely"),
     "superclass": ("superclass_accuracy", "the predicted class is in the right superclass"),
     "conf.err": ("confident_errors", "wrong with a confidence (largest probability) above 0.90, of all images"),
+}
+CALIBRATION = {
     "NLL": ("nll", "negative log probability of the true class, in nats"),
     "Brier": ("brier", "squared distance of the probabilities from the truth, 0 to 2"),
     "gap": ("signed_gap", "mean confidence minus accuracy, above 0 if over-confident"),
@@ -606,24 +609,29 @@ COLUMNS = {  # column of a table: (metric, what it is)
     "gap/T": ("signed_gap_scaled", "gap of these"),
     "ECE/T": ("ece_scaled", "ECE of these"),
     "AUROC/T": ("auroc_failure_scaled", "AUROC of these"),
+}
+FAILURES = {
     "failures": ("failures", "confident failures: wrong with a confidence above 0.90"),
     "doubtful": ("doubtful", "of these, how many have a label that fewer than three of five people uphold; a lower "
                              "bound, since people looked only where a network disagreed (arXiv:2103.14749)"),
+}  # fmt: skip
+STRESS = {
     "clean": ("clean", "accuracy without corruption"),
     "confidence": ("clean_confidence", "mean confidence there"),
     "corrupted": ("corrupted", "accuracy under 12 corruptions in 5 severities, then by their kind"),
     "its confidence": ("corrupted_confidence", "mean confidence under corruption"),
     **{group: (group, ", ".join(names).replace("_", " ")) for group, names in GROUPS.items()},
     "PGD": ("pgd", "accuracy under an attack that changes pixels by up to 1/255, in 10 steps"),
+}
+TRUST = {
+    "ECE": CALIBRATION["ECE"],
     "answers": ("answers", "share of images above the confidence at which 95 of 100 validation answers are right"),
     "right": ("answers_accuracy", "accuracy of these answers"),
     "sets hold": ("set_coverage", "share whose true class is among all classes above a probability, set for 90 %"),
     "classes": ("set_size", "how many that are, on average"),
     "worst class": ("set_worst_class", "share in the worst class, since the promise is only on average"),
-}  # fmt: skip
-BRIEF = ("no dup.", "F1", "top-5", "conf.err", "ECE", "T")
-CLASSIFICATION, CALIBRATION, FAILURES = tuple(COLUMNS)[:7], tuple(COLUMNS)[7:17], tuple(COLUMNS)[17:19]
-STRESS, TRUST = tuple(COLUMNS)[19:28], tuple(COLUMNS)[28:]
+}
+BRIEF = {name: (CLASSIFICATION | CALIBRATION)[name] for name in ("no dup.", "F1", "top-5", "conf.err", "ECE", "T")}
 DECIMALS = {"nll": 3, "brier": 3, "temperature": 3, "nll_scaled": 3, "set_size": 2, "failures": 0, "doubtful": 0}
 
 
@@ -665,7 +673,7 @@ def score_lines(arms):
 
 def score_rows(lines, columns):
     """Rows of text: name, accuracy with its interval, and these columns. Lines with none of them are left out."""
-    rows, keys = [], [COLUMNS[column][0] for column in columns]
+    rows, keys = [], [metric for metric, _ in columns.values()]
     for name, values, interval in lines:
         cells = [cell(values.get(key), *((DECIMALS[key], 1) if key in DECIMALS else ())) for key in keys]
         if set(cells) != {"-"}:
@@ -1085,7 +1093,7 @@ def report(study):
     def table(columns, more=()):
         """A line for each column, then the table."""
         rows = score_rows([*more, *scores], columns)
-        explained = "\n".join(f"- {column}: {COLUMNS[column][1]}." for column in columns)
+        explained = "\n".join(f"- {column}: {meaning}." for column, (_, meaning) in columns.items())
         return [explained, markdown(["in %", "accuracy [95 %]", *columns], rows)] if rows else []
 
     paragraphs = [
@@ -1137,7 +1145,7 @@ def report(study):
         "Two promises, set on validation images and tried on test images: 95 of 100 answers are right, if only "
         "confident images are answered; 90 of 100 sets of classes hold the true class. Both end where images differ "
         "from the training images, as under corruption.",
-        *table(("ECE", *TRUST)),
+        *table(TRUST),
         study.picture(first, "reliability.png", evaluate),
         f"## 10. Limits{synthetic}",
         f"Seeds: {seeds}. With two seeds of each recipe a change of two points of accuracy is seen nine times in ten, "
