@@ -651,7 +651,7 @@ def test_data_augmentation_is_every_crop_and_flip_of_torchvision():
 def plain_defocus(x, rng, radius, sigma):
     """A disk, blurred by a Gaussian, moves over the image."""
     squares = np.arange(-1, 2) ** 2
-    disk = plain_blur(np.where(squares[:, None] + squares <= radius**2, 1.0, 0.0), sigma, 1 / sigma, "constant")
+    disk = plain_blur(1.0 * (squares[:, None] + squares <= radius**2), sigma, 1 / sigma, "constant")
     x = np.pad(x, [(1, 1), (1, 1), (0, 0)], mode="reflect")
     total = sum(disk[i, j] * x[i : i + 32, j : j + 32] for i, j in np.ndindex(3, 3))
     return total / disk.sum() + 1e-9  # even areas stay, also truncated
