@@ -1015,11 +1015,14 @@ def fates(study, made_by):
         preds = [f"{run.class_names[run.raw.pred[i]]} {100 * run.raw.confidence[i]:.0f} %" for run in study.runs]
         examples.append([i, first.class_names[first.labels[i]], people, *preds])
     header = ["run", "", "repaired", "same wrong class", "another wrong class", "mean confidence (%)"]
-    return [
+    compared = [
         f"What the runs predict on the mistakes of {first.name} that its failures.csv lists:",
         markdown(header, outcomes),
         "Mistakes that were picked for their confidence in one run look better in any other run. The control shows by "
         "how much. Only what goes beyond it is an effect of the change.",
+    ]
+    return [
+        *(compared if len(study.runs) > 1 else []),
         "Examples, evenly spread over the ranks of confidence, at most one per pair of classes:",
         markdown(["test image", "label", "people who uphold it", *(run.name for run in study.runs)], examples),
         study.picture(first, "failures.png", made_by),
