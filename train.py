@@ -138,6 +138,9 @@ def fit(args, device, precision, run_dir, checkpoint):
     announce(run_dir, args, setup, sizes, reason)
     if checkpoint["history"]:
         restore(checkpoint, run_dir / "last.pt", setup, model, optimizer, scaler)
+    for partial in [path for name in FILES for path in run_dir.glob(f".{name}.*.partial")]:
+        with contextlib.suppress(OSError):
+            partial.unlink()  # of a process that was killed while it wrote
     config = {"command": args.command, "args": vars(args), "dataset": args.dataset, **setup, **sizes, "finished": False}
     utils.write_json(run_dir / "config.json", config)
     print(HEADER, flush=True)
@@ -301,10 +304,6 @@ def exclusive(run_dir):
         raise ScriptError(f"cannot write to {run_dir} ({error.strerror}); choose another --output-dir") from None
     if not utils.lock(file):
         raise ScriptError(f"another process is training in {run_dir}; wait for it, or choose another --output-dir")
-    for name in FILES:
-        for partial in run_dir.glob(f".{name}.*.partial"):  # of a process that was killed while it wrote
-            with contextlib.suppress(OSError):
-                partial.unlink()
     return file
 
 
@@ -377,11 +376,10 @@ def check_best(run_dir, checkpoint):
         found = utils.load_checkpoint(path)
         same_run = without_places(found["args"]) == without_places(checkpoint["args"])
         ahead = found["epoch"] == checkpoint["epoch"] + 1  # an earlier train.py wrote best.pt first
-        good = same_run and (ahead or (found["epoch"], found["val_acc"]) == (best["epoch"], best["val_acc"]))
+        if same_run and (ahead or (found["epoch"], found["val_acc"]) == (best["epoch"], best["val_acc"])):
+            return
     except (ScriptError, KeyError, RuntimeError):
-        good = False
-    if good:
-        return
+        pass  # missing, damaged or made up
     state = f"{utils.plain(path)} is missing, damaged, or of another run or epoch"
     if best["epoch"] < checkpoint["epoch"]:
         lost = f"epoch {best['epoch']}, the best so far, is lost without it"
@@ -401,7 +399,7 @@ def restore(checkpoint, path, setup, model, optimizer, scaler):
         for number, state in enumerate(optimizer.state.values()):
             for name, value in state.items():
                 found = checkpoint["optimizer"]["state"][number][name]
-                fits = utils.is_array(found) and (found.shape, found.dtype) == (value.shape, value.dtype)
+                fits = (found.shape, found.dtype) == (value.shape, value.dtype)  # copy_ would stretch and convert
                 require(fits, f"a bad {name} of parameter {number}")
                 value.copy_(found.detach())
         if checkpoint["scaler"] and scaler.is_enabled():  # empty if the run began without one
@@ -525,9 +523,10 @@ def names_of(args, defaults):
     for flag, default in defaults.items():
         value = getattr(args, flag)
         if value != default:
+            flag = flag.replace("_", "-")
             text = "" if value is True else f"{value:g}" if isinstance(value, float) else str(value)
-            name += f"-{flag.replace('_', '-')}{text}"
-            command += f" --{flag.replace('_', '-')} {text}".rstrip()
+            name += f"-{flag}{text}"
+            command += f" --{flag}" if value is True else f" --{flag} {value}"
     name = name.replace("baseline-smoothing", "smoothing")
     if args.dataset == "synthetic":
         name, command = f"synthetic-{name}", f"{command} --dataset synthetic"
