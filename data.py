@@ -253,7 +253,7 @@ def fetch(top, url):
             with tempfile.TemporaryDirectory(prefix=f".{FOLDER}-", dir=top) as new, contextlib.redirect_stderr(bar):
                 download_and_extract_archive(url, top if here else new, new, ARCHIVE, CIFAR100.tgz_md5)
                 os.rename(Path(new, FOLDER), folder)
-    except (OSError, RuntimeError, ValueError, http.client.HTTPException) as error:
+    except (OSError, RuntimeError, ValueError, AttributeError, http.client.HTTPException) as error:  # of file:, too
         if not folder.exists():  # without file locks another process may have brought it meanwhile
             ways = f"try --data-url {other}, or --data-dir FOLDER with a copy on this disk"
             also = "on Kaggle, switch the notebook's Internet on; train.py --quick needs no download"

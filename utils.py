@@ -36,7 +36,7 @@ from model import MODELS, make_model
 BLUE, VERMILION, GRAY = "#0072B2", "#D55E00", "#999999"  # Okabe and Ito: colour-blind readers tell them apart
 PLACES = {"data_dir", "data_url", "device", "output_dir", "resume", "quick", "command"}  # not of the recipe
 NEWER_FLAGS = {"model": "resnet18", "mixup": 0.0, "cutmix": 0.0}  # of runs from before these flags
-RANGES = {"seed": range(2**32), "epochs": range(1, 2**31), "width": range(1, 1025), "val_size": range(50_000)}
+RANGES = {"seed": range(2**32), "epochs": range(1, 2**31), "width": range(1, 1025), "val_size": range(50_000)}  # int
 
 
 # ---- metrics --------------------------------------------------------------------------------------------
