@@ -15,7 +15,8 @@ Writes into each run directory test_logits.npy (10000, 100) float32 and test_lab
 i is test image i; the same for the validation images; metrics.json (fractions; 95 % intervals of means under
 ci95); confusion.npy (row = true class, column = predicted) and .png, per_class.csv and .png, reliability.png.
 --stress adds stress_preds.npy, stress_confidence.npy (65 conditions, N) and stress.csv. The first run of each
-changed recipe gets verdict.json and report.md with its pictures. Logits that are there are not computed again.
+changed recipe (of a recipe alone: its first run) gets verdict.json, report.md and its pictures. Logits that are
+there are not computed again.
 """
 
 import collections
@@ -1123,9 +1124,10 @@ def report(study):
         "A map of layer4 has 4x4 cells, and each has seen the whole image: it shows where to look, but no outline.",
         findings(study, "failures rely"),
         f"## 6. What the change did{synthetic}",
-        "*Supported*: the 95 % interval lies on the claimed side. *Contradicted*: it lies on the other side. *Not "
-        "decided*: neither. The interval covers the choice of test images and the randomness of training, so it needs "
-        "two seeds of each recipe. Equal numbers, fixed beforehand, are the rule: seeds added after a look at the "
+        "*Supported*: the 95 % interval lies wholly where the claim says. *Contradicted*: it lies wholly elsewhere. "
+        "*Not decided*: neither, or there is no interval. It covers the randomness of training and, for figures of "
+        "test images, their choice; so it needs two seeds of each recipe. Equal numbers, fixed beforehand, are the "
+        "rule: seeds added after a look at the "
         f"first can tip a verdict.{unequal} The thirteen claims are not corrected for their number.",
         verdict_table(study, COMPARISONS, ["change [95 %]"]) if others else "A comparison needs two recipes.",
         verdict_table(study, ABOUT_ONE, [f"{name} [95 %]" for name in study.recipes]),
@@ -1151,9 +1153,9 @@ def report(study):
         *table(TRUST),
         study.picture(first, "reliability.png", evaluate),
         f"## 10. Limits{synthetic}",
-        f"Seeds: {seeds}. With two seeds of each recipe a change of two points of accuracy is seen nine times in ten, "
-        "one of a point every second time. With three, one of a point is seen nine times in ten. Half a point needs "
-        "more than five.",
+        f"Seeds: {seeds}. Where seeds differ as in the published runs (0.25 points), two seeds of each recipe show a "
+        "change of two points of accuracy nine times in ten, one of a point every second time. Three show one of a "
+        "point nine times in ten. Half a point needs more than five.",
         "Words of the study that are not tested: \"background\" (the border is not the background), \"human "
         "intuition\", \"barely noticeable differences\".",
         "Some test labels are wrong (section 4). Some test images have near-duplicates in training (section 3).",
@@ -1246,7 +1248,7 @@ def main(argv=None):
     for study in studies:
         print_verdict(study)
     if len(arms) < 2 or min(map(len, arms)) < 2:
-        print("A verdict needs two recipes, and two seeds of each: python train.py --seed 43")
+        print("A comparison needs two recipes, and two seeds of each: python train.py --seed 43")
     reports = [write_report(study) for study in studies]
     if not (runs[0].folder / "failures.csv").exists():
         others = " ".join(["", "--compare", *(utils.quote(run.folder) for run in runs[1:])]) if len(runs) > 1 else ""

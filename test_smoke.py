@@ -1460,7 +1460,7 @@ def test_chain_report():
     alone = copy_of_run("reported alone", "failures.csv", "gradcam.png", "*.pt")
     _, printed = without_drawing(evaluate.main, alone)
     text = (alone / "report.md").read_text()
-    assert "not decided" not in printed and "A verdict needs" in printed
+    assert "not decided" not in printed and "A comparison needs" in printed
     for command in ("python failures.py", "python gradcam.py"):
         assert f"`{command} {utils.quote(alone.resolve())}`" in text, text
     before = path.read_bytes()
