@@ -11,6 +11,7 @@ crash of the process is seen.
 import io
 import json
 import multiprocessing
+import re
 import sys
 import tempfile
 import time
@@ -90,7 +91,8 @@ def attempt(module, argv):
 def answer(pipe, module, argv):
     torch.set_num_threads(1)
     try:
-        pipe.send(repr(without_drawing(module.main, *argv)[0]))
+        found = repr(without_drawing(module.main, *argv)[0])
+        pipe.send(re.sub("[0-9a-f]{64}", "SHA-256", found))  # a file damaged between its members has another one
     except utils.ScriptError as error:
         pipe.send("one line" if "\n" not in str(error) and error.code == 2 else f"bad error {error}")
 
