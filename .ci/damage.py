@@ -127,8 +127,8 @@ def main(folder, seconds, seed):
         ("log.csv", damaged, [score], False),
         ("picture.png", damaged, [(gradcam, [run, "--image", picture])], False),
     )
-    rng = np.random.default_rng(seed)
-    for name, damage, calls, has_checksum in table:
+    for number, (name, damage, calls, has_checksum) in enumerate(table):
+        rng = np.random.default_rng([seed, number])
         start, outcomes, path = time.monotonic(), Counter(), folder / "run" / name
         good = {file: file.read_bytes() for file in path.parent.iterdir() if file.is_file()}
         if damage is other_optimizer:
