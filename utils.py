@@ -304,14 +304,6 @@ def reading(path, made_by, what):
         raise ScriptError(f"{path} is not {what} ({reason}); run {made_by} again") from None
 
 
-def read_json(path, made_by, what):
-    """The dict in a JSON file."""
-    with reading(path, made_by, what) as content:
-        found = json.loads(content)
-        require(isinstance(found, dict), "no JSON object")
-        return found
-
-
 def read_csv(path, made_by, what, columns):
     """The rows of a CSV file as dicts. columns: {name: type} that must be there; the others are text."""
     with reading(path, made_by, what) as content:
