@@ -1248,7 +1248,7 @@ def main(argv=None):
     for study in studies:
         print_verdict(study)
     if len(arms) < 2 or min(map(len, arms)) < 2:
-        print("A comparison needs two recipes, and two seeds of each: python train.py --seed 43")
+        print("A comparison needs two recipes with two seeds each: python train.py --seed 43")
     reports = [write_report(study) for study in studies]
     if not (runs[0].folder / "failures.csv").exists():
         others = " ".join(["", "--compare", *(utils.quote(run.folder) for run in runs[1:])]) if len(runs) > 1 else ""
