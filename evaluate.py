@@ -83,7 +83,7 @@ class Claim:
     meaning: str  # what the figure is
     reference: float = 0.0
     unit: str = "points"
-    real: bool = False  # about the official test images, their classes or labels
+    needs: str = ""  # "official": the test images of CIFAR-100; else a file of the run, a key of NEEDS
     remark: Callable = lambda runs, baselines: ""  # what a reader must know beside the figure
 
 
@@ -109,36 +109,44 @@ COMPARISONS = [  # changed minus baseline
           "calibration has been improved", "distance of mean confidence from accuracy",
           remark=lambda runs, base: scaled_gaps(runs, base)),
     Claim("less accuracy lost to corruption", "above", lambda runs, base: corruption_effect(runs, base),
-          "slight boost to robustness", "accuracy under 12 x 5 corruptions minus clean accuracy"),
+          "slight boost to robustness", "accuracy under 12 x 5 corruptions minus clean accuracy", needs="stress"),
 ]  # fmt: skip
 ABOUT_ONE = [  # for the baseline and for the changed recipe, side by side
     Claim("validation accuracy falls again", "below", each(lambda run: late_change(run, "val_acc")),
           "peaks early; performance degrades",
-          "mean validation accuracy of the last quarter of the epochs minus that of the third quarter"),
+          "mean validation accuracy of the last quarter of the epochs minus that of the third quarter", needs="log"),
     Claim("validation loss rises again", "above", each(lambda run: late_change(run, "val_loss")),
           "mild overfitting", "mean validation loss of the last quarter of the epochs minus that of the third quarter",
-          unit="nats"),
+          unit="nats", needs="log"),
     Claim("errors are mostly in the superclass", "above",
           each(lambda run: mean_among(run.raw.same_superclass, ~run.raw.correct)),
           "mostly made between the similar fine-grained categories",
           "share of the errors inside the superclass; mostly: above 50 %",
-          reference=0.5, unit="%", real=True,
+          reference=0.5, unit="%", needs="official",
           remark=lambda runs, base: f"by chance {100 * np.mean([chance_inside(run.confusion) for run in runs]):.1f} %"),
     Claim("small animals are below average", "below",
           each(lambda run: contrast(run.raw.correct, SMALL[run.labels], ~SMALL[run.labels])),
           "small animals are among the lowest performing", "accuracy of 15 classes minus that of the others",
-          real=True, remark=lambda runs, base: worst_animals(runs)),
+          needs="official", remark=lambda runs, base: worst_animals(runs)),
     Claim("failures rely more on the border", "above", each(lambda run: contrast(*run.attention)),
           "attention is often focused on the background",
           "share of confident failures that lose more confidence without their border than without their centre, "
-          "minus that share of correct predictions of like confidence",
+          "minus that share of correct predictions of like confidence", needs="attention",
           remark=lambda runs, base: failures_measured(runs)),
     Claim("confident failures are doubtful images", "above",
           each(lambda run: contrast(DOUBTFUL, run.raw.failures, run.raw.sure_hits)),
           "highly confident errors on ambiguous images",
           "share of confident failures whose label fewer than 3 of 5 people uphold, minus that share of confident hits",
-          real=True, remark=lambda runs, base: "people looked where a network disagreed, which inflates this"),
+          needs="official", remark=lambda runs, base: "people looked where a network disagreed, which inflates this"),
 ]  # fmt: skip
+
+
+NEEDS = {
+    "official": "the test images of CIFAR-100",
+    "log": "log.csv with 4 epochs",
+    "attention": "failures.py and gradcam.py on a run of each recipe",
+    "stress": "--stress on a run of each recipe",
+}
 
 
 class Undecided(Exception):
@@ -149,21 +157,24 @@ def judge(claim, runs, baselines=None):
     """One row of the verdict: figure and interval of runs against baselines, or of runs alone."""
     row = {"claim": claim.text, "recipe": runs[0].name, "figure": None, "ci95": None, "word": "not decided"}
     row |= {"runs": {}, "note": ""}
-    recipes = [baselines, runs] if baselines else [runs]
+    everyone = [baselines, runs] if baselines else [runs]
+    recipes = [[run for run in recipe if not claim.needs or getattr(run, claim.needs)] for recipe in everyone]
     try:
-        if claim.real and not runs[0].official:
-            raise Undecided("needs the test images of CIFAR-100")
+        if not all(recipes):
+            raise Undecided(f"needs {NEEDS[claim.needs]}")
         arms = [claim.values(recipe, recipes[0]) for recipe in recipes]
         figure, half = estimate(*arms)
         if not math.isfinite(figure):
             raise Undecided("undefined: no image or epoch that the claim is about")
-        row["figure"], row["note"] = float(figure), claim.remark(runs, recipes[0])
+        row["figure"], row["note"] = float(figure), claim.remark(recipes[-1], recipes[0])
         row["runs"] = {run.name: float(x.mean()) for recipe, arm in zip(recipes, arms) for run, x in zip(recipe, arm)}
         if half is not None:
             low, high = row["ci95"] = [float(figure - half), float(figure + half)]
             row["word"] = decide(low - claim.reference, high - claim.reference, claim.side)
             if claim.side == "within":
                 row["note"] = "the interval excludes 0" if low > 0 or high < 0 else "the interval includes 0"
+        if recipes != everyone:
+            row["note"] += f"; of {sum(map(len, recipes))} of the {sum(map(len, everyone))} runs"
     except Undecided as reason:
         row["note"] = str(reason)
     return row
@@ -365,11 +376,14 @@ class Run:
 
     @functools.cached_property
     def attention(self):
-        """(border, failed, matched), (N,) bool: does hiding the border cost more? Is it a failure? A hit like one?"""
+        """(border, failed, matched), (N,) bool: does hiding the border cost more? Is it a failure? A hit like one?
+
+        None without attention.csv.
+        """
         columns = {"index": int, "group": str, "checkpoint": str, "border_drop": float, "centre_drop": float}
         rows = self.table("attention.csv", f"python gradcam.py {utils.quote(self.folder)}", columns)
         if not rows:
-            raise Undecided("needs failures.py and gradcam.py on each run")
+            return None
         border, failed, matched = np.zeros((3, len(self.labels)), bool)
         for row in rows:
             border[row["index"]] = row["border_drop"] > row["centre_drop"]
@@ -394,9 +408,10 @@ def read_run(folder, config, name):
 
 
 def ensemble(runs):
-    """Scores of the mean probability: a deep ensemble, Lakshminarayanan et al., arXiv:1612.01474."""
+    """{metric: value} of the mean probability: a deep ensemble, Lakshminarayanan et al., arXiv:1612.01474."""
     mean = np.mean([run.raw.probs for run in runs], 0)
-    return Scores(np.log(np.maximum(mean, 1e-300)), runs[0].labels)
+    correct = mean.argmax(1) == runs[0].labels
+    return {"accuracy": correct.mean(), "ece": utils.calibration_error(mean.max(1), correct)}
 
 
 # ---- the values of the claims ---------------------------------------------------------------------------
@@ -455,17 +470,16 @@ def miscalibration(runs):
 
 def corruption_effect(runs, baselines):
     """(runs, n): on each image of the stress test, the share of corruptions under which it is right, minus clean."""
-    counts = {len(run.stress.correct[0]) if run.stress else 0 for run in baselines + runs}
-    if len(counts) > 1 or 0 in counts:
-        raise Undecided("needs --stress on all runs, with the same images")
+    if len({len(run.stress.correct[0]) for run in baselines + runs}) > 1:
+        raise Undecided("needs --stress with the same --stress-images on all runs")
     return np.array([run.stress.correct[KINDS == "corruption"].mean(0) - run.stress.correct[0] for run in runs])
 
 
 def late_change(run, column):
     """(1,): the mean of a column of log.csv over the last quarter of the epochs minus that over the third."""
-    if run.log is None or len(run.log[column]) < 4:
-        raise Undecided("needs the log.csv of each run, with 4 epochs")
     curve = run.log[column]
+    if len(curve) < 4:
+        raise Undecided(f"needs {NEEDS['log']}")
     quarter = len(curve) // 4
     return np.array([curve[-quarter:].mean() - curve[-2 * quarter : -quarter].mean()])
 
@@ -574,17 +588,16 @@ def read_stress(run):
         with utils.reading(path, made_by, what):
             utils.require(len(rows) == len(CONDITIONS), f"{len(rows)} conditions instead of {len(CONDITIONS)}")
             labels = run.labels[first_of_each_class(run.labels, rows[0]["images"])]
-        shape = (len(CONDITIONS), len(labels))
-        preds = utils.read_npy(run.folder / "stress_preds.npy", made_by, what, shape, "u")
-        confidence = utils.read_npy(run.folder / "stress_confidence.npy", made_by, what, shape, "f")
-        found = Stress(preds == labels, confidence)
-        with utils.reading(path, made_by, what):
-            same = np.allclose([row["accuracy"] for row in rows], found.correct.mean(1), atol=1e-5)
+            shape = (len(CONDITIONS), len(labels))
+            preds = utils.read_npy(run.folder / "stress_preds.npy", made_by, what, shape, "u")
+            confidence = utils.read_npy(run.folder / "stress_confidence.npy", made_by, what, shape, "f")
+            correct = preds == labels
+            same = np.allclose([row["accuracy"] for row in rows], correct.mean(1), atol=1e-5)
             utils.require(same, "it does not fit stress_preds.npy")
     except ScriptError as error:
         warn(f"{error}; left out")
         return None
-    return found
+    return Stress(correct, confidence)
 
 
 # ---- tables ---------------------------------------------------------------------------------------------
@@ -668,7 +681,7 @@ def score_lines(arms):
             together = {key: [values.get(key, math.nan) for values in of_runs] for key in of_runs[0]}
             found.append((f"  mean of {len(arm)}", {key: np.mean(values) for key, values in together.items()}, ""))
             found.append(("  deviation", {key: np.std(values, ddof=1) for key, values in together.items()}, ""))
-            found.append(("  ensemble", ensemble(arm).metrics(), ""))
+            found.append(("  ensemble", ensemble(arm), ""))
     return found
 
 
@@ -835,19 +848,16 @@ def draw_verdict(study):
         for run, place in zip(row["runs"], dots / scale):
             height, color = (-0.2, COLORS[0]) if run in baselines else (0.2, COLORS[1])
             axes.plot(place, y + height, "o", color=color, markersize=4)
+        axes.text(1.25, y, f"{figure_cell(claim, row)}: {row['word']}", fontsize=9, verticalalignment="center")
         recipe = "baseline" if row["recipe"] in baselines else "changed"
         names.append(f"{claim.text} ({recipe})" if claim in ABOUT_ONE and len(study.arms) > 1 else claim.text)
     for arm, color in zip(study.arms, COLORS):
         axes.plot([], [], "o", color=color, markersize=4, label=f"runs of {arm[0].name}")
     axes.set(xlim=(-1.2, 1.2), ylim=(len(rows) - 0.5, -0.5), xticks=[])
     axes.set_xlabel("line: 95 % interval; to the right, shaded: as claimed; each row has its own scale")
-    axes.set_yticks(range(len(rows)), names)
-    right = axes.twinx()
-    right.set_yticks(range(len(rows)), [f"{figure_cell(claim, row)}: {row['word']}" for claim, row in rows])
-    right.set(ylim=axes.get_ylim())
-    for side in (axes, right):
-        side.tick_params(length=0, labelsize=9)
-        side.spines[:].set_visible(False)
+    axes.set_yticks(range(len(rows)), names, fontsize=9)
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
     figure.legend(loc="outside lower center", ncols=2, fontsize=9)
     return figure
 

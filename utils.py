@@ -209,15 +209,12 @@ def run_script(main):
 
 
 def write_file(path, content):
-    """Write bytes: a kill leaves the old file or the new one. Returns whether the content is new.
-
-    An equal file is left alone, so scoring a published run again leaves a clone clean. A link's target is written.
-    """
+    """Write bytes: a kill leaves the old file or the new one. An equal file is left alone; a link's target is written."""
     path = Path(os.path.realpath(path))
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         if path.is_file() and path.read_bytes() == content:
-            return False
+            return
         with open(partial, "wb") as file:
             file.write(content)
             file.flush()
@@ -227,7 +224,6 @@ def write_file(path, content):
                 if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS):
                     raise
         os.replace(partial, path)
-        return True
     except OSError as error:
         advice = "free some space or use another folder; the old file is intact"
         raise ScriptError(f"cannot write {path} ({error.strerror or error}); {advice}", code=1) from None
@@ -248,7 +244,7 @@ def rounded(value):
 
 
 def write_json(path, content):
-    return write_file(path, (json.dumps(rounded(content), indent=2) + "\n").encode())
+    write_file(path, (json.dumps(rounded(content), indent=2) + "\n").encode())
 
 
 def write_csv(path, rows, columns=None):
@@ -257,13 +253,13 @@ def write_csv(path, rows, columns=None):
     writer = csv.DictWriter(text, columns or list(rows[0]), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rounded(rows))
-    return write_file(path, text.getvalue().encode())
+    write_file(path, text.getvalue().encode())
 
 
 def write_npy(path, array):
     buffer = io.BytesIO()
     np.save(buffer, array, allow_pickle=False)
-    return write_file(path, buffer.getbuffer())
+    write_file(path, buffer.getbuffer())
 
 
 def sha256(path):
@@ -299,6 +295,8 @@ def reading(path, made_by, what):
         raise ScriptError(f"{path} cannot be read ({error.strerror}); it should be {what}") from None
     try:
         yield content
+    except ScriptError:  # of another file that is read in the block
+        raise
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ScriptError(f"{path} is not {what} ({reason}); run {made_by} again") from None
@@ -371,15 +369,10 @@ def open_run(text, writable=True):
 
 
 def short_names(folders):
-    """A name for each run directory: its last part, or as many parts as tell equal ones apart."""
-    parts = [Path(folder).resolve().parts for folder in folders]
-    names = []
-    for own in parts:
-        depth = 1
-        while sum(other[-depth:] == own[-depth:] for other in set(parts)) > 1:
-            depth += 1
-        names.append(plain("/".join(own[-depth:])))
-    return names
+    """A name for each run directory: its own, or its path where two have the same."""
+    paths = [Path(folder).resolve() for folder in folders]
+    names = [path.name for path in paths]
+    return [plain(path.name if names.count(path.name) == 1 else os.path.relpath(path)) for path in paths]
 
 
 def recipe(config):
@@ -425,28 +418,19 @@ def load_checkpoint(path):
             asks = re.search(r"GLOBAL (\S+)", str(error))
             raise ValueError(f"it asks to run {asks[1]}, refused" if asks else type(error).__name__) from None
         require(checkpoint["format"] == 1 and type(checkpoint["epoch"]) is int, "another version of train.py")
-        weights = checkpoint["model"]
-        require(all(isinstance(name, str) and is_array(tensor) for name, tensor in weights.items()), "no weights")
-        own = {"args": NEWER_FLAGS | checkpoint["args"], "sha256": hashlib.sha256(content).hexdigest()}
-        return checkpoint | own
-
-
-def is_array(value):
-    """Is it a plain tensor of real numbers in memory? A file can hold sparse, complex and meta tensors, too."""
-    plain_tensor = isinstance(value, torch.Tensor) and value.layout is torch.strided and value.device.type == "cpu"
-    if not plain_tensor or value.is_complex() or value.is_quantized:
-        return False
-    return value.numel() * value.element_size() <= value.untyped_storage().nbytes()  # a view can repeat a few numbers
+        digest = hashlib.sha256(content).hexdigest()
+        return checkpoint | {"args": NEWER_FLAGS | checkpoint["args"], "sha256": digest}
 
 
 def load_weights(model, state, path, assign=False):
     """Put a checkpoint's weights into model. assign: the tensors themselves, into a model that has no memory yet."""
     try:
         model.load_state_dict(state, assign=assign)  # compares names and shapes
-    except RuntimeError as error:  # names every tensor that is missing, unexpected or of another shape
+        finite = all(tensor.isfinite().all() for tensor in model.state_dict().values())
+    except (AttributeError, RuntimeError, TypeError) as error:  # names every tensor that is missing or does not fit
         some = textwrap.shorten(str(error), 160, placeholder=" ...")
         raise ScriptError(f"{path} belongs to another network ({some}); use a run of train.py") from None
-    if not all(tensor.isfinite().all() for tensor in model.state_dict().values()):
+    if not finite:
         raise ScriptError(f"{path} holds NaN or infinite weights; train again with a lower --lr")
 
 
@@ -589,10 +573,7 @@ class Progress:
     """A progress line: redrawn twice a second on a terminal, printed every 30 s in a file or pipe."""
 
     def __init__(self):
-        try:
-            self.redraw = sys.stdout.isatty()
-        except (AttributeError, ValueError):  # a stand-in without isatty; closed
-            self.redraw = False
+        self.redraw = getattr(sys.stdout, "isatty", bool)()  # a notebook's stand-in may lack it
         self.interval = 0.5 if self.redraw else 30.0  # seconds
         self.last = time.monotonic()
 
@@ -608,7 +589,6 @@ class Progress:
             print(text, flush=True)
 
     def clear(self):
-        """Erase the progress line."""
         self.show("")
 
 
