@@ -1189,7 +1189,7 @@ def write_report(study):
 
 
 def by_recipe(runs):
-    """The runs in lists of one recipe each, in the order in which recipes come; what cannot be compared stays out."""
+    """The runs in lists of one recipe each, by seed; recipes as they come. What cannot be compared stays out."""
     arms = []
     for run in runs:
         arm = next((arm for arm in arms if utils.recipe(arm[0].config) == utils.recipe(run.config)), [])
@@ -1206,7 +1206,7 @@ def by_recipe(runs):
             arm.append(run)
             continue
         warn(f"{run.name} {reason}; left out of means and verdict")
-    return arms
+    return [sorted(arm, key=lambda run: run.seed or 0) for arm in arms]  # `runs/*` gives seed43 before its seed 42
 
 
 def parse_args(argv):

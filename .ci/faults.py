@@ -228,6 +228,11 @@ def test_places_programs():
         assert (done.returncode, done.stderr.count("\n")) == (code, code) and done.stderr.startswith(start), done
 
 
+def test_places_without_assert_nothing_is_tested():
+    done = script("test_smoke.py", "wilson", PYTHONOPTIMIZE="1")
+    assert done.returncode == 2 and "-O" in done.stdout
+
+
 def test_places_old_torch_and_a_gpu_that_does_not_work():
     with replaced(torch, "__version__", "2.5.1"):
         refused(utils.select_device, "cpu", 2, "too old")
