@@ -620,9 +620,7 @@ CALIBRATION = {
     "AUROC": ("auroc_failure", "how often a correct image is more confident than a wrong one; 50 by chance"),
     "T": ("temperature", "logits divided by it have the lowest NLL on validation images; above 1 if over-confident"),
     "NLL/T": ("nll_scaled", "NLL of the logits divided by T"),
-    "gap/T": ("signed_gap_scaled", "gap of these"),
     "ECE/T": ("ece_scaled", "ECE of these"),
-    "AUROC/T": ("auroc_failure_scaled", "AUROC of these"),
 }
 FAILURES = {
     "failures": ("failures", "confident failures: wrong with a confidence above 0.90"),
@@ -991,11 +989,10 @@ def setup_table(study):
         if run.log:
             curve, hours = run.log["val_acc"], run.log["seconds"].sum() / 3600
             epochs = [f"{curve.argmax() + 1} of {len(curve)}", cell(curve.max()), f"{hours:.1f}"]
-        machine = [config.get(key, "-") for key in ("device", "precision", "threads", "torch")]
-        row = [run.name, f"`{config.get('command', '-')}`", run.seed, *epochs, *machine]
+        machine = "{}, {}, {} threads, torch {}".format(*map(config.get, ("device", "precision", "threads", "torch")))
+        row = [run.name, f"`{config.get('command', '-')}`", run.seed, *epochs, machine]
         rows.append([utils.plain(text) for text in row])
-    header = ["run", "command", "seed", "best epoch", "validation accuracy (%)", "hours"]
-    return markdown([*header, "device", "precision", "threads", "torch"], rows)
+    return markdown(["run", "command", "seed", "best epoch", "validation accuracy (%)", "hours", "machine"], rows)
 
 
 def findings(study, text):
