@@ -1210,7 +1210,7 @@ def test_verdict_decides_by_the_interval():
 def test_verdict_figures_by_hand():
     labels, rng = np.arange(10_000) % 100, np.random.default_rng(0)
     with replaced(evaluate, "is_test_set", lambda labels: True):
-        base, other = simulated_runs(labels, (1, 2), rng, sharper=1.5), simulated_runs(labels, (1, 3), rng, sharper=1.0)
+        base, other = simulated_runs(labels, (1, 2), rng, sharper=1.5), simulated_runs(labels, (1, 3), rng, sharper=0.8)
     for k, run in enumerate(base + other):
         correct = rng.random((65, 1000)) < 0.5
         run.stress = evaluate.Stress(correct, correct.astype(np.float32))
