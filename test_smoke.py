@@ -1076,25 +1076,25 @@ def test_metrics_extremes_and_ensemble():
 
 def test_metrics_trust_against_loops():
     rng = np.random.default_rng(3)
-    cases = [evaluate.Scores(*case) for case in (random_case(1000, 5.0), random_case(700, 5.0))]
-    val, test = cases[0], evaluate.Scores(rng.normal(size=(500, 100)) + 6 * np.eye(100)[np.arange(500) % 100],
-                                          np.arange(500) % 100)  # fmt: skip
-    found = evaluate.trust(val, test)
+    val, labels = evaluate.Scores(*random_case(1000, 5.0)), np.arange(500) % 100
+    other = evaluate.Scores(rng.normal(size=(500, 100)) + 6 * np.eye(100)[labels], labels)
     order = sorted(range(1000), key=lambda i: -val.confidence[i])
     right, threshold = 0, None
     for rank, i in enumerate(order, start=1):
         right += val.correct[i]
         if right >= 0.95 * rank:
             threshold = val.confidence[i]
-    answered = [i for i in range(500) if test.confidence[i] >= threshold]
-    assert found["answers"] == len(answered) / 500
-    assert math.isclose(found["answers_accuracy"], np.mean([test.correct[i] for i in answered]))
     t = sorted(val.true_probability)[1001 - math.ceil(0.9 * 1001) - 1]
-    sets = [[k for k in range(100) if test.probs[i, k] >= t] for i in range(500)]
-    held = [test.labels[i] in sets[i] for i in range(500)]
-    assert math.isclose(found["set_coverage"], np.mean(held))
-    assert math.isclose(found["set_size"], np.mean([len(s) for s in sets]))
-    assert math.isclose(found["set_worst_class"], min(np.mean(held[k::100]) for k in range(100)))
+    for test in (other, val):  # of val one probability is t
+        found, images = evaluate.trust(val, test), range(len(test.labels))
+        answered = [i for i in images if test.confidence[i] >= threshold]
+        assert found["answers"] == len(answered) / len(images)
+        assert math.isclose(found["answers_accuracy"], np.mean([test.correct[i] for i in answered]))
+        sets = [[k for k in range(100) if test.probs[i, k] >= t] for i in images]
+        held = np.array([test.labels[i] in sets[i] for i in images])
+        assert math.isclose(found["set_coverage"], held.mean())
+        assert math.isclose(found["set_size"], np.mean([len(s) for s in sets]))
+        assert math.isclose(found["set_worst_class"], min(held[test.labels == k].mean() for k in range(100)))
     coverage = []  # of calibrated probabilities: the label is drawn from them
     for _ in range(60):
         logits = rng.normal(size=(1200, 100)) * 3
@@ -1105,8 +1105,8 @@ def test_metrics_trust_against_loops():
     assert abs(np.mean(coverage) - 0.9) < 0.01, np.mean(coverage)
     eye, labels = 20.0 * np.eye(100), np.arange(100)
     wrong, few = evaluate.Scores(eye, (labels + 1) % 100), evaluate.Scores(eye[:99], labels[:99])
-    assert evaluate.trust(evaluate.Scores(eye, labels), test)["answers"] is not None  # no error at all
-    assert evaluate.trust(wrong, test)["answers"] == 0 and np.isnan(list(evaluate.trust(few, test).values())).all()
+    assert evaluate.trust(evaluate.Scores(eye, labels), other)["answers"] is not None  # no error at all
+    assert evaluate.trust(wrong, other)["answers"] == 0 and np.isnan(list(evaluate.trust(few, test).values())).all()
 
 
 # ---- the verdict ---------------------------------------------------------------------------------------------------
