@@ -113,7 +113,7 @@ def normalize(images):
 @functools.cache  # one copy to each device, not one in every step
 @torch.inference_mode(False)  # else whoever calls it first in that mode spoils it for gradients
 def mean_std(device):
-    return tuple(torch.tensor(values).view(1, 3, 1, 1).to(device) * 255 for values in (MEAN, STD))
+    return torch.tensor([MEAN, STD]).view(2, 1, 3, 1, 1).to(device) * 255
 
 
 def mix_plan(seed, epoch, steps, mixup=0.0, cutmix=0.0):
@@ -188,18 +188,17 @@ def load_dataset(dataset, data_dir, train, download=False, url=None):
 def load_cifar100(data_dir="data", train=True, download=False, url=None):
     """images (N, 32, 32, 3) uint8 and labels (N,) int64; N is 50,000 if train, else 10,000.
 
-    data_dir: where find_cifar100 looks; it may be read-only. download: if there are no files, unpack the archive in
-    data_dir or fetch it from url; any byte-identical copy will do, since torchvision compares MD5 sums before it
-    unpacks or unpickles. Raises ScriptError: code 1 if that fails, 2 for files that are missing or altered.
+    data_dir: where find_cifar100 looks; it may be read-only. download: if there are no files, fetch() them, from any
+    byte-identical copy: torchvision compares MD5 sums before it unpacks or unpickles. Raises ScriptError: code 1 if
+    that fails, 2 for files that are missing or altered.
     """
     from torchvision.datasets import CIFAR100  # takes a second to import
 
     top = Path(os.path.expanduser(data_dir))
     folder = find_cifar100(top) or top / FOLDER
-    if not folder.exists():
+    if not os.path.exists(folder):  # nor where it may not be looked
         if not download:
-            ways = "set --data-dir; or python train.py, without --data-dir, downloads it to data"
-            raise ScriptError(f"no CIFAR-100 in {top}; {ways}")
+            raise ScriptError(f"no CIFAR-100 in {top}; set --data-dir, or let python train.py download it to data")
         fetch(top, url or ARCHIVE_URL)
     if folder not in (top, top / FOLDER):
         print_once(f"CIFAR-100 found in {plain(folder)}")
@@ -212,15 +211,15 @@ def load_cifar100(data_dir="data", train=True, download=False, url=None):
             warnings.simplefilter("ignore")  # NumPy 2.4.0 to 2.4.4 warns of pickles by Python 2
             files = Files(folder, train)
     except RuntimeError:
-        ways = "set --data-dir, or delete that folder to download it again"
-        raise ScriptError(f"a file in {folder} is missing, or not the official one; {ways}") from None
+        reason = f"{folder} is not the official CIFAR-100 (a file is missing or altered)"
+        raise ScriptError(f"{reason}; set --data-dir, or delete that folder to download it again") from None
     return torch.from_numpy(np.ascontiguousarray(files.data)), torch.tensor(files.targets)
 
 
 def find_cifar100(data_dir):
-    """The folder with train, test and meta: data_dir, or one at most two levels below, passing over hidden ones.
+    """The folder with train, test and meta: data_dir, or one at most two levels below, but none that is hidden.
 
-    If there is none: data_dir/cifar-100-python, if that lacks a file or can be unpacked; else None.
+    Else data_dir/cifar-100-python, if that lacks a file or there is its archive to unpack; else None.
     """
     top = Path(os.path.expanduser(data_dir))
     for pattern in (".", FOLDER, "*/", "*/*/"):
@@ -258,9 +257,8 @@ def fetch(top, url):
 def load_synthetic(train=True):
     """A stand-in with CIFAR-100's shapes, made in a second: images (N, 32, 32, 3) uint8, labels (N,) int64.
 
-    Every class is a pattern of 4x4 colours, each one third its superclass's and two thirds its own. An image blends
-    its class's pattern with a share of up to 0.55 of another one's, plus noise. Where that share is above one half the
-    label is wrong in effect, so that even a perfect classifier makes mistakes, some of them confident.
+    A class is a pattern of 4x4 colours, one third its superclass's. An image blends it with a share of up to 0.55 of
+    another one, plus noise: above one half even a perfect classifier is wrong, and sometimes confident.
     """
     shared, own = np.random.default_rng(100).integers(0, 200, (2, NUM_CLASSES, 4, 4, 3))  # for both splits
     patterns = (shared[SUPERCLASS_OF] + 2 * own) / 3
@@ -481,11 +479,10 @@ def attack(model, images, labels, epsilon, steps=10, autocast=contextlib.nullcon
 
 # ---- facts about the images of the official test set -------------------------------------------------------
 
-# 2,235 images that networks disagreed with were shown to five people each: a byte for each, 6 times the distance to
-# the index before, plus the votes that uphold the label ("given" and "both"; Northcutt, Athalye and Mueller,
-# arXiv:2103.14749, from github.com/cleanlab/label-errors, Apache-2.0). 891 images have a near-duplicate in the
-# training set: a byte for each, the distance (Barz and Denzler, arXiv:1902.00423, ciFAIR). Written by zlib with
-# Z_HUFFMAN_ONLY, flushed between the two, and base64.b85encode.
+# 2,235 images that networks disagreed with were shown to five people each. For each a byte: 6 times the distance to the
+# one before, plus the votes for the label ("given" and "both"). Northcutt, Athalye and Mueller, arXiv:2103.14749, from
+# github.com/cleanlab/label-errors, Apache-2.0. Then 891 images with a near-duplicate in the training set: distances.
+# Barz and Denzler, arXiv:1902.00423 (ciFAIR). By zlib, Z_HUFFMAN_ONLY, flushed between the two, and base64.b85encode.
 FACTS = """
 cmV{#PjlPG6#(!XvHKo@-6sP3BrMh<u_l4FL~bn-js(<}FtN=^VohSJt*v$%_m4Bv+S7w)TIWz_k{)}?^w3Lt>IdjI>WAs?rwe==N*CT~M5%Z<F(YH#ug
 q6PY+RrO2_nRJ<Ab5&H{E!0#j;^c727pV(+}j~i=vQ|>`uzgnKq&#oHB7TdCU)3Do0VMPGVMZ@W6}|9667*Kt3oux>8G;sE9aZ(4*CH13I2Mo$Ex$exvH
@@ -511,8 +508,8 @@ g}aXdnmK3xMCW&AqJegy)HI1RkMz*+z5%Ki@+ia%J*8?+3#5t0`wl%Qn<25TF%#i|C#mKN*hwNXV7LE3
 `F&Tv0;-Z2M8qc4o|6?R^I4dCdklhBBcyakTCl5um-ZU!mTSRID1-j4k{e4Tyq1!%3I){P;ye5iG9v0p_fi!YYIbv$(QD1soFbDy6Zn36IGIV@QO$5<Y4
 O%a7b>nbJH!)Z<RN4|)*HsqiH!SIN}6`83eC12bB=eD?YwUL`}TB%tJZYg7s9nYGIrHv9+(@&_3hA<i2jUkFi%g9=%^QK=0&O=AT8m!u*CyBUB0LKIdWS
 aK&+fvspAwj1=XvWA9&+{Y>oL1d{+PCg)mMdW%7ys7yq{H0ic#f*T-J6+XA1O=u$cK~P!0V;u-4vQkWQow`xmOuXoX{s@|"""
-_facts = np.frombuffer(zlib.decompress(base64.b85decode(FACTS.replace("\n", ""))), np.uint8)
-_looked_at, _duplicated = np.split(_facts, [2235])
+_bytes = np.frombuffer(zlib.decompress(base64.b85decode(FACTS.replace("\n", ""))), np.uint8)
+_looked_at, _duplicated = np.split(_bytes, [2235])
 UPHELD = np.full(10_000, -1)  # by how many of five people; -1: nobody looked
 UPHELD[np.cumsum(_looked_at // 6)] = _looked_at % 6
 DOUBTFUL = (0 <= UPHELD) & (UPHELD < 3)  # (10000,) bool: 465 labels that fewer than three of five people uphold
