@@ -119,10 +119,9 @@ def mean_std(device):
 def mix_plan(seed, epoch, steps, mixup=0.0, cutmix=0.0):
     """How each batch of an epoch is mixed: a list of (lam, box), from (seed, epoch) alone like epoch_plan.
 
-    mixup, cutmix: the alpha of each; if both are above 0, every batch takes one at random. lam: the share of an image
-    that stays, drawn from Beta(alpha, alpha). box: the rows and columns that CutMix replaces, centred anywhere and cut
-    off at the edges (lam is then the share outside); None for MixUp. Zhang et al., arXiv:1710.09412; Yun et al.,
-    arXiv:1905.04899.
+    mixup, cutmix: the alpha of each; with both, every batch takes one at random. lam: the share of an image that stays,
+    drawn from Beta(alpha, alpha). box: the rows and columns that CutMix replaces, centred anywhere and cut off at the
+    edges; None for MixUp. Zhang et al., arXiv:1710.09412; Yun et al., arXiv:1905.04899.
     """
     rng, plan = np.random.default_rng([seed, epoch, 1]), []
     for _ in range(steps):
@@ -132,7 +131,7 @@ def mix_plan(seed, epoch, steps, mixup=0.0, cutmix=0.0):
         if cut:
             center, half = rng.integers(0, 32, 2), int(16 * math.sqrt(1 - lam))
             (top, left), (bottom, right) = np.maximum(center - half, 0), np.minimum(center + half, 32)
-            lam = 1 - (bottom - top) * (right - left) / 32**2
+            lam = 1 - (bottom - top) * (right - left) / 32**2  # of what is inside the image
             box = slice(top, bottom), slice(left, right)
         plan.append((float(lam), box))
     return plan
@@ -375,10 +374,7 @@ def fog(x, rngs, thickness, smoothness):
 
 
 def clouds(smoothness, rngs):
-    """(N, 32, 32) in [0, 1] by the diamond-square algorithm; opposite edges are neighbours.
-
-    A point between four known ones gets their mean and a random shift, at ever smaller distances and shifts.
-    """
+    """(N, 32, 32) in [0, 1] by the diamond-square algorithm: means of four neighbours, and random shifts."""
     height, step, shift = np.zeros((len(rngs), 32, 32)), 32, 10_000
     while step >= 2:
         half = step // 2
