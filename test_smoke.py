@@ -853,7 +853,7 @@ def test_bad_data_folders():
         warnings.simplefilter("error")
         archive.write_bytes(content)
         refused(load, top, 2, f"no CIFAR-100 in {top}")  # only train.py may unpack it
-        (_, labels), printed = quietly(download, data.find_cifar100(top).parent, False)
+        (_, labels), printed = quietly(load, data.find_cifar100(top).parent, False, True, "nonsense")
         assert labels.tolist() == list(range(10)) and not printed
         archive.unlink()
         assert str(folder) in quietly(load, top.parent)[1] and not quietly(load, top.parent)[1]  # said once
