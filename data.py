@@ -8,15 +8,13 @@
     votes(23)                                              # 4: so many of five people uphold the label of image 23
 
 The training images are 154 MB of bytes and live on the device: no worker processes, a batch is cropped, flipped and
-normalised where it is needed. Krizhevsky 2009, https://www.cs.toronto.edu/~kriz/cifar.html. To add a corruption:
-a function like fog(), and a line with its five strengths at the end of OPERATIONS.
+normalised there. Krizhevsky 2009, https://www.cs.toronto.edu/~kriz/cifar.html. To add a corruption: see OPERATIONS.
 """
 
 import base64
 import contextlib
 import functools
 import glob
-import http.client
 import io
 import math
 import os
@@ -32,7 +30,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from utils import Progress, ScriptError, lock, memory_format, plain, require
+from utils import Progress, ScriptError, memory_format, plain, require
 
 NUM_CLASSES = 100
 
@@ -81,7 +79,7 @@ def augment(padded, index, offsets, flips):
     """One training batch by one gather: a random crop of each padded image, flipped where flips says so.
 
     padded: (N, 40, 40, 3) uint8. index (B,), offsets (B, 2) as row and column, flips (B,): a slice of epoch_plan, on
-    the device of padded. Returns (B, 3, 32, 32) float32, normalised. A mirror image is free: its columns count down.
+    the same device. Returns (B, 3, 32, 32) float32, normalised. A mirror image is free: its columns count down.
     """
     window = torch.arange(32, device=padded.device)
     rows = offsets[:, :1] + window  # (B, 32)
@@ -92,8 +90,8 @@ def augment(padded, index, offsets, flips):
 def epoch_plan(seed, epoch, n):
     """All random draws of one epoch: order (n,) int64, crop offsets (n, 2) in 0..8 int64, flips (n,) bool.
 
-    Entry i belongs to the i-th image that the epoch visits. Derived from (seed, epoch) alone, so epoch 7 is the same
-    on every device, and after every restart. epoch counts from 1; 0 is the split.
+    Entry i belongs to the i-th image that the epoch visits. From (seed, epoch) alone: epoch 7 is the same on every
+    device and after every restart. epoch counts from 1; 0 is the split.
     """
     rng = np.random.default_rng([seed, epoch])
     plan = rng.permutation(n), rng.integers(0, 9, (n, 2)), rng.random(n) < 0.5
@@ -115,16 +113,15 @@ def normalize(images):
 @functools.cache  # one copy to each device, not one in every step
 @torch.inference_mode(False)  # else whoever calls it first in that mode spoils it for gradients
 def mean_std(device):
-    return tuple(torch.tensor(values).view(1, 3, 1, 1).to(device) * 255 for values in (MEAN, STD))
+    return torch.tensor([MEAN, STD]).view(2, 1, 3, 1, 1).to(device) * 255
 
 
 def mix_plan(seed, epoch, steps, mixup=0.0, cutmix=0.0):
     """How each batch of an epoch is mixed: a list of (lam, box), from (seed, epoch) alone like epoch_plan.
 
-    mixup, cutmix: the alpha of each; if both are above 0, every batch takes one of them at random. lam: the share of an
-    image that stays, drawn from Beta(alpha, alpha). box: the rows and columns that CutMix replaces, centred anywhere
-    and cut off at the edges, after which lam is the share outside; None for MixUp. Zhang et al., arXiv:1710.09412; Yun
-    et al., arXiv:1905.04899.
+    mixup, cutmix: the alpha of each; with both, every batch takes one at random. lam: the share of an image that stays,
+    drawn from Beta(alpha, alpha). box: the rows and columns that CutMix replaces, centred anywhere and cut off at the
+    edges; None for MixUp. Zhang et al., arXiv:1710.09412; Yun et al., arXiv:1905.04899.
     """
     rng, plan = np.random.default_rng([seed, epoch, 1]), []
     for _ in range(steps):
@@ -134,7 +131,7 @@ def mix_plan(seed, epoch, steps, mixup=0.0, cutmix=0.0):
         if cut:
             center, half = rng.integers(0, 32, 2), int(16 * math.sqrt(1 - lam))
             (top, left), (bottom, right) = np.maximum(center - half, 0), np.minimum(center + half, 32)
-            lam = 1 - (bottom - top) * (right - left) / 32**2
+            lam = 1 - (bottom - top) * (right - left) / 32**2  # of what is inside the image
             box = slice(top, bottom), slice(left, right)
         plan.append((float(lam), box))
     return plan
@@ -190,43 +187,42 @@ def load_dataset(dataset, data_dir, train, download=False, url=None):
 def load_cifar100(data_dir="data", train=True, download=False, url=None):
     """images (N, 32, 32, 3) uint8 and labels (N,) int64; N is 50,000 if train, else 10,000.
 
-    data_dir: where find_cifar100 looks; it may be read-only. download: if there are no files, unpack the archive in
-    data_dir or fetch it from url; any byte-identical copy will do, since torchvision compares MD5 sums before it
-    unpacks or unpickles. Raises ScriptError: code 1 if that fails, 2 for files that are missing or altered.
+    data_dir: where find_cifar100 looks; it may be read-only. download: if there are no files, fetch() them, from any
+    byte-identical copy: torchvision compares MD5 sums before it unpacks or unpickles. Raises ScriptError: code 1 if
+    that fails, 2 for files that are missing or altered.
     """
     from torchvision.datasets import CIFAR100  # takes a second to import
+
+    top = Path(os.path.expanduser(data_dir))
+    folder = find_cifar100(top) or top / FOLDER
+    if not os.path.exists(folder):  # nor where it may not be looked
+        if not download:
+            raise ScriptError(f"no CIFAR-100 in {top}; set --data-dir, or let python train.py download it to data")
+        fetch(top, url or ARCHIVE_URL)
+    if folder not in (top, top / FOLDER):
+        print_once(f"CIFAR-100 found in {plain(folder)}")
 
     class Files(CIFAR100):
         base_folder = ""  # they lie in the folder itself
 
-    top, folder = Path(os.path.expanduser(data_dir)), find_cifar100(data_dir)
-    if folder is None or not folder.exists():
-        if not download:
-            ways = "set --data-dir; or python train.py, without --data-dir, downloads it to data"
-            raise ScriptError(f"no CIFAR-100 in {top}; {ways}")
-        folder = fetch(top, url or ARCHIVE_URL)
-    if folder not in (top, top / FOLDER):
-        print_once(f"CIFAR-100 found in {plain(folder)}")
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", r"dtype\(\): align")  # NumPy 2.4.0 to 2.4.4, of pickles by Python 2
+            warnings.simplefilter("ignore")  # NumPy 2.4.0 to 2.4.4 warns of pickles by Python 2
             files = Files(folder, train)
-    except (OSError, RuntimeError) as error:
-        reason = getattr(error, "strerror", None) or "a file is missing or altered"
-        ways = "set --data-dir, or delete that folder to download it again"
-        raise ScriptError(f"{folder} is not the official CIFAR-100 ({reason}); {ways}") from None
+    except RuntimeError:
+        reason = f"{folder} is not the official CIFAR-100 (a file is missing or altered)"
+        raise ScriptError(f"{reason}; set --data-dir, or delete that folder to download it again") from None
     return torch.from_numpy(np.ascontiguousarray(files.data)), torch.tensor(files.targets)
 
 
 def find_cifar100(data_dir):
-    """The folder with train, test and meta: data_dir, or one at most two levels below; None if there is none.
+    """The folder with train, test and meta: data_dir, or one at most two levels below, but none that is hidden.
 
-    Links are followed; hidden and unreadable folders are passed over. If data_dir has no more than the archive, or a
-    cifar-100-python that lacks a file, it is data_dir/cifar-100-python.
+    Else data_dir/cifar-100-python, if that lacks a file or there is its archive to unpack; else None.
     """
     top = Path(os.path.expanduser(data_dir))
-    for pattern in (".", "*/", "*/*/"):
-        for name in sorted(glob.glob(pattern, root_dir=top), key=lambda name: (FOLDER not in name, name)):
+    for pattern in (".", FOLDER, "*/", "*/*/"):
+        for name in sorted(glob.glob(pattern, root_dir=top)):
             if all(os.path.isfile(top / name / file) for file in ("train", "test", "meta")):
                 return top / name
     return top / FOLDER if os.path.exists(top / FOLDER) or os.path.isfile(top / ARCHIVE) else None
@@ -236,40 +232,32 @@ def fetch(top, url):
     """Unpack the archive, from top or else from url, to top/cifar-100-python, which appears when it is complete."""
     from torchvision.datasets.cifar import CIFAR100, check_integrity, download_and_extract_archive
 
-    folder, other = top / FOLDER, ARCHIVE_URL if url == MIRROR_URL else MIRROR_URL
-    timeout, bar = socket.getdefaulttimeout(), sys.stdout if Progress().redraw else io.StringIO()
+    other = ARCHIVE_URL if url == MIRROR_URL else MIRROR_URL
+    here = check_integrity(top / ARCHIVE, CIFAR100.tgz_md5)
+    if not here:
+        print(f"downloading {url}, 169 MB\nif slow: --data-url {other}", flush=True)
+    bar = sys.stdout if Progress().redraw else io.StringIO()
+    socket.setdefaulttimeout(20)  # seconds without a byte
     try:
         top.mkdir(parents=True, exist_ok=True)
-        with open(top / f".{FOLDER}.lock", "a") as file:
-            if not lock(file):
-                print("another process is downloading CIFAR-100; waiting for it", flush=True)
-                lock(file, wait=True)
-            if folder.exists():
-                return folder
-            here = check_integrity(top / ARCHIVE, CIFAR100.tgz_md5)
-            if not here:
-                print(f"downloading {url}, 169 MB\nif slow: --data-url {other}", flush=True)
-            socket.setdefaulttimeout(20)  # seconds without a byte
-            with tempfile.TemporaryDirectory(prefix=f".{FOLDER}-", dir=top) as new, contextlib.redirect_stderr(bar):
-                download_and_extract_archive(url, top if here else new, new, ARCHIVE, CIFAR100.tgz_md5)
-                os.rename(Path(new, FOLDER), folder)
-    except (OSError, RuntimeError, ValueError, AttributeError, http.client.HTTPException) as error:  # of file:, too
-        if not folder.exists():  # without file locks another process may have brought it meanwhile
+        with tempfile.TemporaryDirectory(prefix=f".{FOLDER}-", dir=top) as new, contextlib.redirect_stderr(bar):
+            download_and_extract_archive(url, top if here else new, new, ARCHIVE, CIFAR100.tgz_md5)
+            os.rename(Path(new, FOLDER), top / FOLDER)
+    except Exception as error:  # urllib and torchvision raise ValueError to AttributeError
+        if not (top / FOLDER).exists():  # another process may have brought it meanwhile
             ways = f"try --data-url {other}, or --data-dir FOLDER with a copy on this disk"
             also = "on Kaggle, switch the notebook's Internet on; train.py --quick needs no download"
             raise ScriptError(f"cannot get CIFAR-100 from {url} ({plain(error)}); {ways}; {also}", code=1) from None
     finally:
-        socket.setdefaulttimeout(timeout)
-    return folder
+        socket.setdefaulttimeout(None)
 
 
 @functools.cache  # a process that trains and evaluates makes it once
 def load_synthetic(train=True):
     """A stand-in with CIFAR-100's shapes, made in a second: images (N, 32, 32, 3) uint8, labels (N,) int64.
 
-    Every class is a pattern of 4x4 colours, each one third its superclass's and two thirds its own. An image blends
-    its class's pattern with a share of up to 0.55 of another one's, plus noise. Where that share is above one half the
-    label is wrong in effect, so that even a perfect classifier makes mistakes, some of them confident.
+    A class is a pattern of 4x4 colours, one third its superclass's. An image blends it with a share of up to 0.55 of
+    another one, plus noise: above one half even a perfect classifier is wrong, and sometimes confident.
     """
     shared, own = np.random.default_rng(100).integers(0, 200, (2, NUM_CLASSES, 4, 4, 3))  # for both splits
     patterns = (shared[SUPERCLASS_OF] + 2 * own) / 3
@@ -291,8 +279,8 @@ def as_pixels(images):
     """uint8 tensor (N, 32, 32, 3) of such a tensor or array, or of one image (32, 32, 3). ValueError for all else."""
     if isinstance(images, np.ndarray) and images.dtype == np.uint8:
         images = torch.from_numpy(np.array(images, order="C"))  # a copy: an array may be read-only
-    sound = isinstance(images, torch.Tensor) and images.dtype == torch.uint8
-    sound = sound and images.ndim in (3, 4) and images.shape[-3:] == (32, 32, 3)
+    sound = isinstance(images, torch.Tensor) and images.dtype == torch.uint8 and images.ndim in (3, 4)
+    sound = sound and images.shape[-3:] == (32, 32, 3)
     require(sound, "images must be uint8 (N, 32, 32, 3), values 0 to 255, as load_cifar100 returns them")
     return images.reshape(-1, 32, 32, 3)
 
@@ -302,18 +290,19 @@ def corrupt(images, name, severity, seed=0):
 
     images: see as_pixels. name: one of CORRUPTIONS. severity: 1 to 5. Operations and strengths are those of CIFAR-100-C
     (Hendrycks and Dietterich, arXiv:1903.12261) without motion blur, snow and frost, which need ImageMagick or
-    photographs. The noise comes from the seed, the corruption, the severity and the image's place in the call, so
-    image i gets the same whatever N is. Raises ValueError for a wrong argument.
+    photographs. The draws come from the seed, the corruption, the severity and the image's place in the call alone.
+    Raises ValueError for a wrong argument.
     """
     images = as_pixels(images)
     require(name in CORRUPTIONS, f"unknown corruption {name!r}; there are {', '.join(CORRUPTIONS)}")
     require(severity in range(1, 6), f"severity {severity!r} is not one of 1, 2, 3, 4, 5")
-    operation, *strengths = OPERATIONS[name]
-    strength = strengths[severity - 1] if isinstance(strengths[0], tuple) else [strengths[severity - 1]]
+    place = CORRUPTIONS.index(name)
+    operation, strength = OPERATIONS[place][0], OPERATIONS[place][severity]
+    strength = strength if isinstance(strength, tuple) else (strength,)
     corrupted = torch.empty_like(images)
     for start in range(0, len(images), 500):  # in blocks, to save memory
         x = images[start : start + 500].cpu().numpy() / 255.0
-        rngs = [np.random.default_rng([seed, CORRUPTIONS.index(name), severity, start + i]) for i in range(len(x))]
+        rngs = [np.random.default_rng([seed, place, severity, start + i]) for i in range(len(x))]
         pixels = np.clip(operation(x, rngs, *strength), 0, 1) * 255
         corrupted[start : start + 500] = torch.from_numpy(pixels.astype(np.uint8))  # truncates, as the original does
     return corrupted
@@ -385,10 +374,7 @@ def fog(x, rngs, thickness, smoothness):
 
 
 def clouds(smoothness, rngs):
-    """(N, 32, 32) in [0, 1] by the diamond-square algorithm; opposite edges are neighbours.
-
-    A point between four known ones gets their mean and a random shift, at ever smaller distances and shifts.
-    """
+    """(N, 32, 32) in [0, 1] by the diamond-square algorithm: means of four neighbours, and random shifts."""
     height, step, shift = np.zeros((len(rngs), 32, 32)), 32, 10_000
     while step >= 2:
         half = step // 2
@@ -415,7 +401,7 @@ def contrast(x, rngs, factor):
 
 
 def elastic_transform(x, rngs, shift, amplitude, sigma):
-    """An affine map, given by random shifts of three points, then a smooth random field that moves each pixel."""
+    """Random shifts of three points give an affine map; then a field of this amplitude and sigma moves each pixel."""
     points = np.array([[26, 26, 1], [26, 6, 1], [6, 6, 1]])  # column, row, 1
     moved = np.stack([points + np.pad(rng.uniform(-shift, shift, (3, 2)), [(0, 0), (0, 1)]) for rng in rngs])
     back = np.linalg.solve(moved, points[None])[..., :2]  # (N, 3, 2): from a pixel to the place of its colour
@@ -433,9 +419,9 @@ def elastic_transform(x, rngs, shift, amplitude, sigma):
 
 
 def pixelate(x, rngs, size):
-    pictures = [Image.fromarray(image) for image in np.rint(x * 255).astype(np.uint8)]
-    pictures = [picture.resize((size, size), Image.BOX) for picture in pictures]
-    return np.stack([picture.resize((32, 32), Image.BOX) for picture in pictures]) / 255.0
+    pictures = map(Image.fromarray, np.rint(x * 255).astype(np.uint8))
+    small = [picture.resize((size, size), Image.BOX) for picture in pictures]
+    return np.stack([picture.resize((32, 32), Image.BOX) for picture in small]) / 255.0
 
 
 def jpeg_compression(x, rngs, quality):
@@ -445,37 +431,32 @@ def jpeg_compression(x, rngs, quality):
     return np.stack([Image.open(file) for file in files]) / 255.0
 
 
-OPERATIONS = {  # with the strengths at severity 1, 2, 3, 4, 5; add new ones last: the place belongs to the seed
-    "gaussian_noise": (gaussian_noise, 0.04, 0.06, 0.08, 0.09, 0.10),  # standard deviation; white is 1
-    "shot_noise": (shot_noise, 500, 250, 100, 75, 50),  # photons of a white pixel
-    "impulse_noise": (impulse_noise, 0.01, 0.02, 0.03, 0.05, 0.07),  # share of the values that become 0 or 1
-    "defocus_blur": (defocus_blur, (0.3, 0.4), (0.4, 0.5), (0.5, 0.6), (1, 0.2), (1.5, 0.1)),  # radius, edge's sigma
-    "glass_blur": (glass_blur, (0.05, 1), (0.25, 1), (0.4, 1), (0.25, 2), (0.4, 2)),  # sigma, times that pixels move
-    "zoom_blur": (zoom_blur, 1.06, 1.11, 1.16, 1.21, 1.26),  # largest magnification
-    "fog": (fog, (0.2, 3), (0.5, 3), (0.75, 2.5), (1, 2), (1.5, 1.75)),  # thickness, smoothness
-    "brightness": (brightness, 0.05, 0.1, 0.15, 0.2, 0.3),  # added to the V of HSV
-    "contrast": (contrast, 0.75, 0.5, 0.4, 0.3, 0.15),  # factor
-    "elastic_transform": (  # shift of three points; amplitude and sigma of the field that moves each pixel
-        elastic_transform, (2.56, 0, 0), (2.24, 1.6, 6.4), (1.92, 2.56, 1.92), (1.6, 3.2, 1.28), (0.96, 3.2, 0.96)
-    ),
-    "pixelate": (pixelate, 30, 28, 27, 24, 20),  # pixels to a side
-    "jpeg_compression": (jpeg_compression, 80, 65, 58, 50, 40),  # quality
-}
-CORRUPTIONS = tuple(OPERATIONS)
+OPERATIONS = (  # with the strengths at severity 1, 2, 3, 4, 5; add new ones last: the place belongs to the seed
+    (gaussian_noise, 0.04, 0.06, 0.08, 0.09, 0.10),  # standard deviation; white is 1
+    (shot_noise, 500, 250, 100, 75, 50),  # photons of a white pixel
+    (impulse_noise, 0.01, 0.02, 0.03, 0.05, 0.07),  # share of the values that become 0 or 1
+    (defocus_blur, (0.3, 0.4), (0.4, 0.5), (0.5, 0.6), (1, 0.2), (1.5, 0.1)),  # radius, edge's sigma
+    (glass_blur, (0.05, 1), (0.25, 1), (0.4, 1), (0.25, 2), (0.4, 2)),  # sigma, times that pixels move
+    (zoom_blur, 1.06, 1.11, 1.16, 1.21, 1.26),  # largest magnification
+    (fog, (0.2, 3), (0.5, 3), (0.75, 2.5), (1, 2), (1.5, 1.75)),  # thickness, smoothness
+    (brightness, 0.05, 0.1, 0.15, 0.2, 0.3),  # added to the V of HSV
+    (contrast, 0.75, 0.5, 0.4, 0.3, 0.15),  # factor
+    (elastic_transform, (2.56, 0, 0), (2.24, 1.6, 6.4), (1.92, 2.56, 1.92), (1.6, 3.2, 1.28), (0.96, 3.2, 0.96)),
+    (pixelate, 30, 28, 27, 24, 20),  # pixels to a side
+    (jpeg_compression, 80, 65, 58, 50, 40),  # quality
+)
+CORRUPTIONS = tuple(operation.__name__ for operation, *_ in OPERATIONS)
 
 
 @torch.inference_mode(False)
 def attack(model, images, labels, epsilon, steps=10, autocast=contextlib.nullcontext):
     """Adversarial images (N, 32, 32, 3) float32 in 0..255, within epsilon (0 to 255) of the images in every value.
 
-    images: see as_pixels. labels: (N,) int64. model: on their device; put into eval mode. autocast: makes the
-    context of the forward pass. PGD: steps of 2.5 epsilon / steps from a random start (Madry et al.,
-    arXiv:1706.06083). It climbs the margin max_{k != y} z_k - z_y, since the cross-entropy's gradient vanishes
-    where the softmax saturates. Raises ValueError for a wrong argument.
+    images: see as_pixels. labels: (N,) int64. model: on their device; put into eval mode. autocast: makes the context
+    of the forward pass. PGD: steps of 2.5 epsilon / steps from a random start (Madry et al., arXiv:1706.06083). It
+    climbs the margin max_{k != y} z_k - z_y: the cross-entropy's gradient vanishes where the softmax saturates.
     """
     clean = as_pixels(images).float()
-    sound = isinstance(labels, torch.Tensor) and labels.dtype == torch.int64 and labels.shape == clean.shape[:1]
-    require(sound, "labels must be an int64 tensor (N,)")
     require(epsilon >= 0 and steps >= 1, f"epsilon {epsilon} must be at least 0, and steps {steps} at least 1")
     model.eval()
     start = torch.rand(clean.shape, generator=torch.Generator().manual_seed(0)).to(clean.device)
@@ -494,45 +475,37 @@ def attack(model, images, labels, epsilon, steps=10, autocast=contextlib.nullcon
 
 # ---- facts about the images of the official test set -------------------------------------------------------
 
-# 2,235 images that networks disagreed with were shown to five people each. Per image a byte: 6 times the distance
-# to the index before, plus the votes that uphold the label ("given" and "both"). Written by
-# base64.b85encode(zlib.compress(bytes, 9)). Northcutt, Athalye and Mueller, arXiv:2103.14749, from
-# github.com/cleanlab/label-errors, Apache-2.0.
-VOTES = (
-    "c-j?}&2r?n6@_<A;NB*It0r-!CSi3G?j|u(H!|wxSRykcvFw>H+oQ5)l*Cq2@#M#@N<5XtR3-KzcG+2G<;o(PWR(ZV8|7gFFIfZ%2lt%wK^OR?pIiT"
-    "0BTB`?nHd?wVQoGxLSsE8NDv@|JLe6Ze%_5|H!K^*RB^e%Y5Em8_^>GCBzr4mYfT$a5l)#nnY_o3SSm|Fs7_*5v3J0X<Ski;wLm^99NM{-G*JO@$e_"
-    "nkhb`!EZgs8`9r~@RKO=dd)|nS_?HbD3H;Z6t<sW2u221l*3j^A!Og@uc{Ht+|uroWhvP|BTT>H{PfyDlCNRWYeu!RI8zH60tQ718+$4e&LPAxP&A-"
-    "8%Ze|k;T%D@lBd;6ESCe>M+|BJ=Q!7^q@>8yli-q6|~m4vj#14}vP*R`Io?h{iYu2^>IlVV2b^Qei<l%FGKXNw1AeTs*R_o;acfeUPwfJuu$rfY2}H"
-    "jlBIXf9V(;f1!`lbd^2(iiZUvAjPcw{>XLhy(pEe{q29RsNt1=hI4N_uSb^j{G;quhkr}Bb;GZxI$Nb%PLOUAP2paHD1@DaWH#V;5K2W3$v&^N~zj#"
-    "vf-@}lTLKRU-7Q1$aUGgrTU_b389tg-gvP-dH5-G6$af`^TgpVGldy^z~M|dfABYW?l&Li>IC)NR=Hg?s?Zir>lz9=K}-mXYEOrHHhZ`}I(2oo%hob"
-    "G_i(XLqOv)xCb&R)EajEWqCZ<*crEejueL=!DQpJaVQYWkO=+_&9kxmD(%M!y;~D$xva~YP;-v$uJ2-}PPc%N$AdYhwWB%}o_8KdJyJZiAG535u)!)"
-    "`QB#2R`$>zPbX7>%PmW3fhlkI7D!$S&(CmF;YQ+<Qd5#Aiqa^qQUm$=v<N#BnXw4nii@pPz{4u|WtI_4UrhL==u+4uiw8?4?ox620&#SMmZ9|pOkx0"
-    "y-Z%|!m3J<e-B$bzll40S=4`n(`+jx}AkHPcJ7X6s!W`$}L?*;g>0d|En-r-G!u=}H*dr)ThjguS<J_BF=Z#f8NzM{rh|IY_^+OVNuH_1=wGKRl2h_"
-    "ZIkLkj`dRJTV!{ra-q|OoyNO<XoBr+|?13m`^8XY`ZuN@YYmjFg?8^5d~$RR1qaQA<p)6j%8T5`cE~|GiP&Ro`L;T<Z69n`gp?|-NW1gl%HHxJJj2|"
-    "W%0~6{#PiYA;&7aObvkcp3m^-)VBC{-n3`3+dssFE0W8H$#Sl#yp3*XOa|RS$^;nsGrX_YiP^248%Jfs=NU6ZF3G}!el|wcAN?CAP>x2VOY#T1@1z>"
-    "+>zYeYIQJX0rM>JXwk5*)_%GxImef3Wu2a>KIn?vneiAj(m#)pgUTuF2wClFu(QdZlqr_>9h8dh#h^2NaI$~OofqwiNu-=L~*q7)dw1R`i{ihMtV{="
-    "{&Ycx7_Z!LpIN4o82Bd#v;DHM6xPH`FaXGIJs#_kMz36pBh>L)oZco3@$o(kYU81qfBU5}^WQ?4xD0nhtI@u<Z?!)A_$-ItMrfO!{Fd>`5xs>uYYpC"
-    "MV@e$xYt1g(uVvbIT2pr>kT9O?*f?`<wjc}}U74Bhi@HGxJ_Dx*QblLhjf4bx67l{@DKYIfI9jUsreDiyI4eJzXmK3%IaCic$3yrh~y*qHAY9+=1vc"
-    "{@%U88U6?_cr3N2~p}!$}L%TK(I(OSg4kg!|$e9#8#)PHU*bkG^O`O^R2xUbJ`MK+o>hx#3{D0Qw5(~{c}QBC;0XfSSYl0K!DnlEe17P*)?>SYMZ7j"
-    "j<6*kaqc5Nz3rWxp%VvJ9f5b>o3@fxtKj3nF5A*_OD?XC02C$4aBB}4-{z&B()OO^Wq5-I@{)HbA{D;SkW#f4w3xSLk?B9HZmGm5DUS4$r%V1X>$+_"
-    "FtL5ywj;d&q!BTP^mXm1t{^o40eOn}fet2rCouT{KXwXI?v=1-rJDl5hn*g_QWP2Zt%z6b=#M(`pB%FkCC>MU5m82q9FXf{=rdtb)Z<k$|G_4cbEn_"
-    "6%)`UVN%ge><{VlS4{<>WRaXbsLsL#cSX?(f4uZ9Cwa;9Un#in@H@o%(t_ab1CBUYxlDgQX!B%|^kH|GgFLjJWl3O1Ct{K|)mH(XVf{{H%N%H!}-$H"
-    "<$C!&=}|JLuoeL{+O(i?yox+_d_RE#F{7Xd>r?%7I?NNlw{X{U6UK3cL"
-)
-# 891 images have a near-duplicate in the training set. Per image a byte, the distance to the index before. Barz and
-# Denzler, arXiv:1902.00423 (ciFAIR).
-NEAR_DUPLICATES = (
-    "c-j?`$&MR25JZuCaxE5Bi=@_O^=25bk9H3*m-+vn8u~~uf{c8Tb8xm=w}5)NgoLRyGGLAvR6f+oG>h>oy;WM3+cEdL8DBXwf%$q=&+GJz^8qpZH1Pb"
-    "J3VdA`1hb{(*Fwi|E=wqoz6&1mgV3vcGC1qWa8^)^+_1cE(fC0(2jJ@&Wri5krmu{=&V7G_nME93KNZ3=^#uv5P5^pN_B4F+H)P@rY1t@`G>NXwjGR"
-    "(;$o|yRjZ#Dg-F^jjI%?32s{#@`XUxNF`&vBZqeB|6@20*JBO1#Ea~TjaCXf{FJ_l$vZ2pPP@61FK9feZUB+fk3L&N(Hs9wmU5Hs|YsyVHY4m977(1"
-    "Wts_+7V{iSU9a8G;e0ll%>e-TnjR-ysHg@o8;gYw?^-y7M|6Ky8*qb(w{Et7_37l&1N|6?O2&cD&THof$J%dtbnL*|Ncnp&ZcLfN9+|B0zg*ze2qus"
-    "aQ1}W47>fHXsW63@2UF^Wzr@MX<QtCs?w+6jmWjn8lSHD&UleHz|#MOL#fBU>q%=ZiJ5-!ulgOS`TTNAnN5#dYtq^u%yB-Nx4d<*3AzSeH*mV%FAc3"
-    "AL8QzS|tG`&wHavP|vJgwy@(zK#)HJ79+%EN8}em9K6T+lEoX9+Mv^6j-dZ0sehGj1|TpD!paj%?jxnZUbIg84f<EvLPJ6Ba}|dmvQ{3O<kPU*sHR>"
-    "6?`nPu|4=NzG8PSnqSJMhf}rDY=MDpH8hl4$HJw&Pa;1P5=3D;!A3ty=`~"
-)
-_looked_at, _duplicated = (
-    np.frombuffer(zlib.decompress(base64.b85decode(text)), np.uint8) for text in (VOTES, NEAR_DUPLICATES)
-)
+# 2,235 images that networks disagreed with were shown to five people each. For each a byte: 6 times the distance to the
+# one before, plus the votes for the label ("given" and "both"). Northcutt, Athalye and Mueller, arXiv:2103.14749, from
+# github.com/cleanlab/label-errors, Apache-2.0. Then 891 images with a near-duplicate in the training set: distances.
+# Barz and Denzler, arXiv:1902.00423 (ciFAIR). By zlib, Z_HUFFMAN_ONLY, flushed between the two, and base64.b85encode.
+FACTS = """
+cmV{#PjlPG6#(!XvHKo@-6sP3BrMh<u_l4FL~bn-js(<}FtN=^VohSJt*v$%_m4Bv+S7w)TIWz_k{)}?^w3Lt>IdjI>WAs?rwe==N*CT~M5%Z<F(YH#ug
+q6PY+RrO2_nRJ<Ab5&H{E!0#j;^c727pV(+}j~i=vQ|>`uzgnKq&#oHB7TdCU)3Do0VMPGVMZ@W6}|9667*Kt3oux>8G;sE9aZ(4*CH13I2Mo$Ex$exvH
+IN$#oj=DA$?hO+kkJUUv2ds&{r!hC39Kv&u1YuPoFX<Q*}&6b_C$$QInumK7r4i96348(&gBpC61tAb}@VmL*DWYej+rbpzLujNlKsahKNv3R_Dacxqaw
+fVnTj2s<fhLp}MG-X4pa9{~(gL{^8%r9#_VcjRjA}(2W>7!ys81hUbn<+m-&Q9j{Y<-OTv(KoxgTMtg3&5mBAk($ZiuFURCYtTCDuU3Cd-7%QmcD_9jP~
+|~{KlhEBM$Vx{P`ZT*ZDmgPp6g4Zn<-n9QkjI->MR^Bb;GZ_(E5G%SuZ!$Wbq3jhA(7Jj^~7xJlUS!py6HQmQr{t$Aa_q!S(S2i|rS`7SG4s?V%Oq^0TJ
+2eCT3{|dSaqwcFR@%YP3VFsUbJP|(Z!xf%}^%uE1LS4Elck@OS+QD&MLqSJ~31Ly~XkX7}_g4qUzV5c!N@k}4&gM!~E{Ej==SUBwyl@#YY;+N{#EZYW7W
+JfX8Fc%N`$aI;WgFUWlHRAat8m6M4%xYNGS=dS2dq0dgmgzVKGh%&a~PQsAL*d661ZLTK!_;$a;m?paYzug1Cy1#c4qsLmW#rWp~>dByW$~*{i6(kaH_9
+Rdcv!HYS)3~W`XlHk_`PgK^GecXHSND;c>WJsY9+oYIs2f+rIxt+hBFqTrci5L^2rCeH`S1?lP0QnTh-v2P|ve%YvQY40S<{`n(`+4mDl2HPZ`nW)pmiQ
+V|$b?lp`@udH`?EJ*6B&ce_>If3US+^zGoZ_xvT!D5ypc&AJWGVE$AdU2#4Uy0TIJ%w@SfWHFiT~?8!WUx(vel?#CKMTpJGzs{N1F)D+CnxN>Aq5D|RAw
++eeIgMBWiKmy8+1aP?dTM3ocsDuHPTb>a$=r=dnIzUIxu~}@=EtmdI0<KqS~U~+$@Txp$Wf2Nr;CkJ5LRO4uMbb=hU|NcV4$AvfJIqge#JZ`^lozWUqlx
+V>0LtQYJuW+Tk<3O3ZfU{WvNY-(<|-oRLKU{d5EfU;Y~>U`Hd;1%<uaby5xPUCkC0mSK&~y7O-0S|Y3u|3X2arRLr<ovMz^zAk6G2_e#3-)7)0HgtsOyA
+1?%>y7v_@fscV1}6>>$SacCv>+oPkRPz#h&s9#7+}EYq4ED|MD@^|R>KO7PW_!l4CqO>{cObLSw4j#x9t=cMS!eG5D|-N*h!dFC99w0H0MDqGk79^|6t6
+=VzU~LA*5V6ya6uzdGVmdLBqPl{q`*q1Lhq7-Nv?tYBE9UXGl)BAA5k2pmjK7=bH2gda9<zqwXYz;BsN?DWy&_bkDxi1R6=Hj0ORZ=EyfLPCK<w{*)W2*
+<V66iWsP>ltD&GwkUV$N?C*I#zSeTCJ;^+)WSWZFq7Bgw2?8>hJNpWOcNP!E9Hh9dmxx68XQy$$?<p7EMed2s!hS?4vh`LXufvmqNEMsrJFiZUL0c!TUG
+GU#Xl!>afEjlz(S#`BLdWcTrsHG(ygGwRJ$}?vM&P#+;c$eg6qAUp%;5!9YF9un6{Ems~BcT=dE?zlBa-)M`2OMYq!t%I=6aCn_HIW@jV*IEpJhvi{EHS
+sagq|m#r-_{b$uJlo%yZ>Rvus@PAp?w(Tz#v+p~q0CR&@avc{FMBH7StaNCLB+`#hOtm$1%V0noiO}9ZbDwbTK5ZggGvF@t09mhKidg$;lf<Jq4t5^KnI
+(mDJeLphmPiXEBsVu{S|_w!U;wx_u@K4PeEx2CjqIPjYv)lM&LV()CPqwyBkrqVkCmKhMN+Jbryc)BYkw;u7CB;Nnk)Oq;VKzb2)I5?-~sZl#X)q@Ui0e
+^&)#!YRr-g^H<VMr)HCwB;<ys{#0~nlGf~y**kP?|J~gerVaHbpQYW$`R37vaj&jOY>i+-$0RR65!P#yTNfZE3-Tl_u)zz!*_JZRi2nik`NW9Gd|J0l_2
+4|~v4XDQv5~k9~fH`7N`A{pvD8_H}s<bG#J@>jAUpX^@`Le6$Wq8JMLJU6*JpZNwU)LGIY;O6j&>qfZ4h7P8!6`ooy}BoZvz`n`1;xk>%i9`_A9Qm7zMf
+G=h(T@m%E-&uw-<~o;^_LR5T2>eNLY0M&~vh<;mcph#2M1OQbr7kuFZ^`Qg_Jy)YFYpL<U`d1$NpsXvReWiJdcM;%wVeJmuXX5!TJrH)2F%IWQM`)r<)w
+g}aXdnmK3xMCW&AqJegy)HI1RkMz*+z5%Ki@+ia%J*8?+3#5t0`wl%Qn<25TF%#i|C#mKN*hwNXV7LE3`FDr`E<P+RtSz3iNq1g`3DicJRp(Kd*Qyr%L1
+`F&Tv0;-Z2M8qc4o|6?R^I4dCdklhBBcyakTCl5um-ZU!mTSRID1-j4k{e4Tyq1!%3I){P;ye5iG9v0p_fi!YYIbv$(QD1soFbDy6Zn36IGIV@QO$5<Y4
+O%a7b>nbJH!)Z<RN4|)*HsqiH!SIN}6`83eC12bB=eD?YwUL`}TB%tJZYg7s9nYGIrHv9+(@&_3hA<i2jUkFi%g9=%^QK=0&O=AT8m!u*CyBUB0LKIdWS
+aK&+fvspAwj1=XvWA9&+{Y>oL1d{+PCg)mMdW%7ys7yq{H0ic#f*T-J6+XA1O=u$cK~P!0V;u-4vQkWQow`xmOuXoX{s@|"""
+_bytes = np.frombuffer(zlib.decompress(base64.b85decode(FACTS.replace("\n", ""))), np.uint8)
+_looked_at, _duplicated = np.split(_bytes, [2235])
 UPHELD = np.full(10_000, -1)  # by how many of five people; -1: nobody looked
 UPHELD[np.cumsum(_looked_at // 6)] = _looked_at % 6
 DOUBTFUL = (0 <= UPHELD) & (UPHELD < 3)  # (10000,) bool: 465 labels that fewer than three of five people uphold

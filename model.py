@@ -4,10 +4,9 @@
     model = resnet18()                           # 11,220,132 parameters; the same as make_model("resnet18")
     logits = model(torch.randn(8, 3, 32, 32))    # (8, 100)
 
-He, Zhang, Ren, Sun: Deep residual learning for image recognition, arXiv:1512.03385. The paper's network is
-made for 224x224 photographs: a 7x7 convolution with stride 2 and a 3x3 max-pool leave 56x56 of them. The
-same start would leave 8x8 of a CIFAR image before the first block; users who kept it report about 60 %
-accuracy where others have 75 (github.com/weiaicunzai/pytorch-cifar100/issues/17). So, as is usual on CIFAR,
+He, Zhang, Ren, Sun: Deep residual learning for image recognition, arXiv:1512.03385. The paper's 7x7 convolution with
+stride 2 and 3x3 max-pool are for 224x224 photographs, and would leave 8x8 of a CIFAR image; users who kept them report
+about 60 % accuracy where others have 75 (github.com/weiaicunzai/pytorch-cifar100/issues/17). So, as is usual on CIFAR,
 the stem here is one 3x3 convolution with stride 1, and there is no max-pool.
 
     stage     output
@@ -62,9 +61,8 @@ class ResNet18(nn.Module):
         self.layer4 = stage(4 * width, 8 * width, stride=2)
         self.fc = nn.Linear(8 * width, num_classes)
 
-        # He et al., arXiv:1502.01852: variance 2 / fan_out keeps the gradient's scale through the ReLUs.
-        # Batch norm starts as the identity and the linear layer uniformly within 1/sqrt(fan_in), both
-        # PyTorch's defaults.
+        # He et al., arXiv:1502.01852: variance 2 / fan_out keeps the gradient's scale through the ReLUs. By PyTorch's
+        # defaults batch norm starts as the identity, and the linear layer uniformly within 1 / sqrt(fan_in).
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -115,10 +113,9 @@ class TransformerBlock(nn.Module):
 class CCT(nn.Module):
     """CCT-2/3x2, a compact convolutional transformer: 2 blocks on the 8x8 tokens that 2 convolutions leave.
 
-    Hassani et al., arXiv:2104.05704: 0.28 M parameters with 10 classes, at width 64. Convolutions in place
-    of patches let a transformer learn from 50,000 images. Two differences: no dropout, and the head takes the
-    mean of the tokens after the last norm, not a learned average. So a logit is the mean of an 8x8 map,
-    `tokens` weighted by the head, plus a bias, as with layer4 of ResNet-18.
+    Hassani et al., arXiv:2104.05704: 0.28 M parameters with 10 classes, at width 64. Convolutions in place of patches
+    let a transformer learn from 50,000 images. Two differences: no dropout, and the head takes the mean of the tokens,
+    not a learned average. So a logit is the mean of an 8x8 map, `tokens` weighted by the head, plus a bias.
     """
 
     def __init__(self, num_classes, width):
@@ -151,9 +148,8 @@ LAST_MAP = {"resnet18": "layer4", "cct": "tokens"}  # the last module that has a
 def make_model(name="resnet18", num_classes=100, width=64):
     """A network for images (B, 3, 32, 32) float32; it returns logits (B, num_classes) before the softmax.
 
-    name: one of MODELS; ValueError otherwise. width: channels of the first convolution, 64 in the papers; 16
-    has about a 16th of the parameters and is for quick looks. Draws its weights from torch's global
-    generator: call torch.manual_seed first to get the same ones again.
+    name: one of MODELS; ValueError otherwise. width: channels of the first convolution, 64 in the papers; 16 has about
+    a 16th of the parameters. Draws from torch's global generator: torch.manual_seed first gives the same weights again.
     """
     if name not in MODELS:
         raise ValueError(f"no model {name!r}; there are {', '.join(MODELS)}")

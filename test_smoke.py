@@ -142,27 +142,22 @@ def test_model_resnet18_equals_torchvision():
         assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-4), (ours - theirs).abs().max()
 
 
+@torch.no_grad()
 def test_model_cct_equals_torchvision():
     """Its blocks against the encoder of torchvision's vision transformer, whose attention is torch's own."""
-    model = make_model("cct", num_classes=10)
+    model, reference = make_model("cct", num_classes=10), Encoder(64, 2, 2, 128, 128, 0.0, 0.0).eval()
     # The authors' CCT-2/3x2 has 283,723: their pooling, which is a mean here, is a linear layer of 128 + 1.
     assert sum(p.numel() for p in model.parameters()) == 283_723 - 129
-    reference, ours = Encoder(64, 2, 2, 128, 128, 0.0, 0.0), model.state_dict()
-    theirs = {"pos_embedding": ours["position"], "ln.weight": ours["norm.weight"], "ln.bias": ours["norm.bias"]}
-    names = {"ln_1": "norm1", "ln_2": "norm2", "self_attention.out_proj": "proj", "mlp.0": "mlp.0", "mlp.3": "mlp.2"}
-    for n in range(2):
-        layer, block = f"layers.encoder_layer_{n}", f"blocks.{n}"
-        for (name, own), part in itertools.product(names.items(), ("weight", "bias")):
-            theirs[f"{layer}.{name}.{part}"] = torch.nn.init.normal_(ours[f"{block}.{own}.{part}"], 0.5, 0.2)
-        theirs[f"{layer}.self_attention.in_proj_weight"] = torch.nn.init.normal_(ours[f"{block}.qkv.weight"], 0, 0.1)
-        theirs[f"{layer}.self_attention.in_proj_bias"] = torch.zeros(384)
-    reference.load_state_dict(theirs)
-    images = torch.randn(4, 3, 32, 32)
-    with torch.no_grad():
-        relu, pool = torch.nn.ReLU(), torch.nn.MaxPool2d(3, 2, 1)
-        stem = torch.nn.Sequential(model.conv1, relu, pool, model.conv2, relu, pool)
-        tokens = reference.eval()(stem(images).flatten(2).transpose(1, 2))  # (4, 64, 128)
-        assert torch.allclose(model(images), model.fc(tokens.mean(1)), rtol=1e-4, atol=1e-4)
+    for name, weight in model.blocks.named_parameters():
+        torch.nn.init.normal_(weight, 0.0 if "qkv" in name else 0.5, 0.1)
+    reference.pos_embedding, reference.ln = model.position, model.norm
+    for ours, theirs in zip(model.blocks, reference.layers):
+        theirs.ln_1, theirs.ln_2, theirs.mlp[0], theirs.mlp[3] = ours.norm1, ours.norm2, ours.mlp[0], ours.mlp[2]
+        theirs.self_attention.in_proj_weight, theirs.self_attention.out_proj = ours.qkv.weight, ours.proj
+    images, relu, pool = torch.randn(4, 3, 32, 32), torch.nn.ReLU(), torch.nn.MaxPool2d(3, 2, 1)
+    stem = torch.nn.Sequential(model.conv1, relu, pool, model.conv2, relu, pool)
+    tokens = reference(stem(images).flatten(2).transpose(1, 2))  # (4, 64, 128)
+    assert torch.allclose(model(images), model.fc(tokens.mean(1)), rtol=1e-4, atol=1e-4)
 
 
 def test_model_first_weights():
@@ -569,23 +564,19 @@ def test_train_bad_arguments():
 
 
 @not_on_windows
-def test_data_are_the_official_ones_also_read_only():
-    """As on Kaggle: a folder that cannot be written to, given with ~ and with a blank in its name."""
+def test_data_are_the_official_ones():
+    """In a folder given with ~ and a blank in its name, through a link."""
     source, unpack = HERE / "data/cifar-100-python", HERE.parent / "shared/cifar100/unpack.py"
     if not (source / "train").exists():
         if not unpack.exists():
             raise unittest.SkipTest("no CIFAR-100 here")
         subprocess.run([sys.executable, unpack, SCRATCH / "real"], check=True, capture_output=True)
         source = SCRATCH / "real/cifar-100-python"
-    parent = new_folder("read only")
-    (parent / "cifar-100-python").symlink_to(source)
-    parent.chmod(0o555)
+    (new_folder("some data") / "cifar-100-python").symlink_to(source)
     with unittest.mock.patch.dict(os.environ, HOME=str(SCRATCH)):
-        (images, labels), printed = quietly(data.load_cifar100, "~/read only", False)
-    parent.chmod(0o755)
-    assert [path.name for path in parent.iterdir()] == ["cifar-100-python"] and not printed
+        (images, labels), printed = quietly(data.load_cifar100, "~/some data", False)
     meta, test = (pickle.loads((source / name).read_bytes(), encoding="latin1") for name in ("meta", "test"))
-    assert (images.permute(0, 3, 1, 2).flatten(1).numpy() == test["data"]).all()
+    assert (images.permute(0, 3, 1, 2).flatten(1).numpy() == test["data"]).all() and not printed
     assert labels.tolist() == test["fine_labels"] and data.is_test_set(labels)
     assert data.CLASS_NAMES == meta["fine_label_names"] and list(data.SUPERCLASSES) == meta["coarse_label_names"]
     assert (data.SUPERCLASS_OF[labels] == test["coarse_labels"]).all()
@@ -593,16 +584,14 @@ def test_data_are_the_official_ones_also_read_only():
     assert len(small) == 15 and small > set("mouse shrew bee cockroach worm crab".split())
     images, labels = data.load_cifar100(source)  # the folder itself, not its parent
     assert images.shape == (50_000, 32, 32, 3) and images.dtype == torch.uint8 and labels.dtype == torch.int64
-    for channel, mean, std in zip(images.reshape(-1, 3).T, data.MEAN, data.STD):
-        share, value = torch.bincount(channel).double() / len(channel), torch.arange(256) / 255
-        assert abs((share * value).sum() - mean) < 5e-5
-        assert abs((share * (value - mean) ** 2).sum().sqrt() - std) < 5e-5
+    std, mean = torch.std_mean(images.flatten(0, 2) / 255.0, 0)
+    assert np.allclose(mean, data.MEAN, atol=5e-5) and np.allclose(std, data.STD, atol=5e-5)
 
 
 def test_data_facts_are_those_of_the_two_lists():
     people = {index: data.votes(index) for index in range(10_000) if data.votes(index) is not None}
     duplicates = np.flatnonzero(data.DUPLICATES).tolist()
-    assert (len(people), data.DOUBTFUL.sum(), len(duplicates)) == (2235, 465, 891)
+    assert (len(people), len(duplicates)) == (2235, 891)
     assert np.flatnonzero(data.DOUBTFUL).tolist() == [index for index in people if people[index] < 3]
     lists = HERE.parent / "shared/test_images"
     if not lists.exists():
@@ -615,16 +604,14 @@ def test_data_facts_are_those_of_the_two_lists():
 def test_data_split_and_draws_are_even_and_functions_of_the_seed():
     labels = data.load_synthetic()[1]
     train_index, val_index = data.split_train_val(labels, 5000, 42)
-    assert len(train_index) == 45_000 and (torch.bincount(labels[val_index]) == 50).all()
+    assert (torch.bincount(labels[val_index]) == 50).all()
     assert torch.equal(torch.cat([train_index, val_index]).sort().values, torch.arange(50_000))
     order, offsets, flips = data.epoch_plan(42, 1, 45_000)
     assert torch.equal(order.sort().values, torch.arange(45_000))
     counts = torch.bincount(offsets[:, 0] * 9 + offsets[:, 1], minlength=81)
-    chi2 = ((counts - 45_000 / 81) ** 2 / (45_000 / 81)).sum().item()
-    assert 40 < chi2 < 140, chi2  # 80 degrees of freedom: 99.99 % of fair draws
-    assert abs(flips.double().mean().item() - 0.5) < 0.01
+    assert (counts - 45_000 / 81).abs().max() < 110 and abs(flips.double().mean() - 0.5) < 0.01  # 4 sigma
     torch.rand(5), np.random.rand(5)  # nobody else's draws matter
-    for seed, epoch in ((42, 1), (42, 2), (43, 1), (0, 1)):
+    for seed, epoch in ((42, 1), (42, 2), (43, 1)):
         assert torch.equal(val_index, data.split_train_val(labels, 5000, seed)[1]) == (seed == 42)
         assert torch.equal(order, data.epoch_plan(seed, epoch, 45_000)[0]) == ((seed, epoch) == (42, 1))
 
@@ -649,6 +636,15 @@ def test_data_augmentation_is_every_crop_and_flip_of_torchvision():
 # ---- corruptions: the operations of CIFAR-100-C again, in plain loops and other libraries -------------------
 
 
+def plain_blur(x, sigma, cut, edge):
+    """A Gaussian blur of the first two axes, a line at a time."""
+    radius = int(cut * sigma + 0.5)
+    kernel = [math.exp(-0.5 * (k / sigma) ** 2) for k in range(-radius, radius + 1)]
+    for axis in (0, 1):
+        x = np.apply_along_axis(lambda line: np.convolve(np.pad(line, radius, mode=edge), kernel, "valid"), axis, x)
+    return x / sum(kernel) ** 2
+
+
 def plain_defocus(x, rng, radius, sigma):
     """A disk, blurred by a Gaussian, moves over the image."""
     squares = np.arange(-1, 2) ** 2
@@ -658,9 +654,14 @@ def plain_defocus(x, rng, radius, sigma):
     return total / disk.sum() + 1e-9  # even areas stay, also truncated
 
 
-def plain_brightness(x, rng, more):
-    pixels = [colorsys.rgb_to_hsv(*pixel) for pixel in x.reshape(-1, 3)]
-    return np.reshape([colorsys.hsv_to_rgb(h, s, min(v + more, 1)) for h, s, v in pixels], x.shape)
+def plain_glass(x, rng, sigma, times):
+    x = (plain_blur(x, sigma, 4, "edge") * 255).astype(np.uint8)
+    for _ in range(times):
+        up, left = rng.integers(0, 2, (2, 30, 30))
+        for h, w in itertools.product(range(31, 1, -1), repeat=2):
+            a, b = h - up[h - 2, w - 2], w - left[h - 2, w - 2]
+            x[h, w], x[a, b] = x[a, b], x[h, w]  # copies, because x[h, w] on the right is a view
+    return plain_blur(x / 255, sigma, 4, "edge")
 
 
 def plain_zoom(x, rng, end):
@@ -672,25 +673,6 @@ def plain_zoom(x, rng, end):
         read = functools.partial(np.interp, places, np.arange(32))
         images.append(np.apply_along_axis(read, 1, np.apply_along_axis(read, 0, x)))
     return np.mean(images, axis=0)
-
-
-def plain_blur(x, sigma, cut, edge):
-    """A Gaussian blur of the first two axes, a line at a time."""
-    radius = int(cut * sigma + 0.5)
-    kernel = [math.exp(-0.5 * (k / sigma) ** 2) for k in range(-radius, radius + 1)]
-    for axis in (0, 1):
-        x = np.apply_along_axis(lambda line: np.convolve(np.pad(line, radius, mode=edge), kernel, "valid"), axis, x)
-    return x / sum(kernel) ** 2
-
-
-def plain_glass(x, rng, sigma, times):
-    x = (plain_blur(x, sigma, 4, "edge") * 255).astype(np.uint8)
-    for _ in range(times):
-        up, left = rng.integers(0, 2, (2, 30, 30))
-        for h, w in itertools.product(range(31, 1, -1), repeat=2):
-            a, b = h - up[h - 2, w - 2], w - left[h - 2, w - 2]
-            x[h, w], x[a, b] = x[a, b], x[h, w]  # copies, because x[h, w] on the right is a view
-    return plain_blur(x / 255, sigma, 4, "edge")
 
 
 def plain_fog(x, rng, thickness, decay):
@@ -709,61 +691,63 @@ def plain_fog(x, rng, thickness, decay):
 
 def plain_elastic(x, rng, alpha, sigma, affine):
     def read(x, rows, columns, mode):
-        x = np.pad(x, [(9, 9), (9, 9), (0, 0)], mode=mode)
-        r, c = np.floor(rows).astype(int), np.floor(columns).astype(int)
+        """Bilinear; beyond the edge the image goes on mirrored."""
+        x, r, c = np.pad(x, [(9, 9), (9, 9), (0, 0)], mode=mode), rows.astype(int), columns.astype(int)
         down, right = (rows - r)[..., None], (columns - c)[..., None]
-        upper, lower = ((1 - right) * x[r + k, c + 9] + right * x[r + k, c + 10] for k in (9, 10))
+        upper, lower = ((1 - right) * x[r + k, c] + right * x[r + k, c + 1] for k in (0, 1))
         return (1 - down) * upper + down * lower
 
-    points = np.array([[26, 26], [26, 6], [6, 6]])  # column, row
+    points, (rows, columns) = np.array([[26, 26], [26, 6], [6, 6]]), np.mgrid[:32, :32]  # column, row
     moved = points + rng.uniform(-32 * affine, 32 * affine, (3, 2))
     matrix = points.T @ np.linalg.inv(np.vstack([moved.T, np.ones(3)]))  # (2, 3), of column vectors
-    rows, columns = np.mgrid[:32, :32]
-    x = read(x, *np.tensordot(matrix, [columns, rows, 0 * rows + 1], 1)[::-1], "reflect")
+    x = read(x, *np.tensordot(matrix, [columns, rows, 0 * rows + 1], 1)[::-1] + 9, "reflect")
     if alpha == 0:
         return x
-    moves = 32 * alpha * plain_blur(rng.uniform(-1, 1, (32, 32, 2)), 32 * sigma, 3, "symmetric")
+    moves = 32 * alpha * plain_blur(rng.uniform(-1, 1, (32, 32, 2)), 32 * sigma, 3, "symmetric") + 9
     return read(x, rows + moves[..., 1], columns + moves[..., 0], "symmetric")
+
+
+def plain_brightness(x, rng, more):
+    pixels = [colorsys.rgb_to_hsv(*pixel) for pixel in x.reshape(-1, 3)]
+    return np.reshape([colorsys.hsv_to_rgb(h, s, min(v + more, 1)) for h, s, v in pixels], x.shape)
 
 
 def test_corrupt_equals_the_plain_operations():
     """At each of the five published strengths, but for rounding before the truncation."""
-    elastic = (0, 0, 0.08), (0.05, 0.2, 0.07), (0.08, 0.06, 0.06), (0.1, 0.04, 0.05), (0.1, 0.03, 0.03)
     image = data.load_synthetic(train=False)[0][:1]
-    x, box = image[0].numpy() / 255, TF.InterpolationMode.BOX
-    pixels = image[0].permute(2, 0, 1).contiguous()  # (3, 32, 32)
-    picture = TF.to_pil_image(pixels)
-    for name, plain, strengths in (
-        ("gaussian_noise", lambda x, rng, sigma: x + rng.normal(0, sigma, x.shape), (0.04, 0.06, 0.08, 0.09, 0.1)),
-        ("shot_noise", lambda x, rng, photons: rng.poisson(photons * x) / photons, (500, 250, 100, 75, 50)),
-        ("impulse_noise", lambda x, rng, share: np.where(rng.random(x.shape) < share, rng.random(x.shape) < 0.5, x),
-         (0.01, 0.02, 0.03, 0.05, 0.07)),
-        ("contrast", lambda x, rng, share: (1 - share) * x.mean((0, 1)) + share * x, (0.75, 0.5, 0.4, 0.3, 0.15)),
-        ("brightness", plain_brightness, (0.05, 0.1, 0.15, 0.2, 0.3)),
-        ("jpeg_compression", lambda x, rng, quality: decode_jpeg(encode_jpeg(pixels, quality)).permute(1, 2, 0) / 255,
-         (80, 65, 58, 50, 40)),
-        ("pixelate", lambda x, rng, size: np.array(TF.resize(TF.resize(picture, [size] * 2, box), [32] * 2, box)) / 255,
-         (30, 28, 27, 24, 20)),
-        ("defocus_blur", plain_defocus, ((0.3, 0.4), (0.4, 0.5), (0.5, 0.6), (1, 0.2), (1.5, 0.1))),
-        ("zoom_blur", plain_zoom, (1.06, 1.11, 1.16, 1.21, 1.26)),
-        ("glass_blur", plain_glass, ((0.05, 1), (0.25, 1), (0.4, 1), (0.25, 2), (0.4, 2))),
-        ("fog", plain_fog, ((0.2, 3), (0.5, 3), (0.75, 2.5), (1, 2), (1.5, 1.75))),
-        ("elastic_transform", plain_elastic, elastic),
-    ):
-        for severity, strength in enumerate(strengths, start=1):
-            rng = np.random.default_rng([0, data.CORRUPTIONS.index(name), severity, 0])
-            strength = strength if isinstance(strength, tuple) else (strength,)
-            expected = np.clip(np.asarray(plain(x, rng, *strength)), 0, 1) * 255
-            apart = np.abs(data.corrupt(image, name, severity)[0].numpy().astype(int) - expected.astype(int))
-            assert apart.max() <= 1 and (apart > 0).mean() < 0.005, (name, severity, apart.max(), (apart > 0).mean())
+    x, pixels = image[0].numpy() / 255, image[0].permute(2, 0, 1).contiguous()  # (32, 32, 3) and (3, 32, 32)
+    resize = functools.partial(TF.resize, interpolation=TF.InterpolationMode.BOX)
+    table = {
+        "gaussian_noise": (lambda x, rng, sigma: x + rng.normal(0, sigma, x.shape), 0.04, 0.06, 0.08, 0.09, 0.1),
+        "shot_noise": (lambda x, rng, photons: rng.poisson(photons * x) / photons, 500, 250, 100, 75, 50),
+        "impulse_noise": (lambda x, rng, share: np.where(rng.random(x.shape) < share, rng.random(x.shape) < 0.5, x),
+                          0.01, 0.02, 0.03, 0.05, 0.07),
+        "defocus_blur": (plain_defocus, (0.3, 0.4), (0.4, 0.5), (0.5, 0.6), (1, 0.2), (1.5, 0.1)),
+        "glass_blur": (plain_glass, (0.05, 1), (0.25, 1), (0.4, 1), (0.25, 2), (0.4, 2)),
+        "zoom_blur": (plain_zoom, 1.06, 1.11, 1.16, 1.21, 1.26),
+        "fog": (plain_fog, (0.2, 3), (0.5, 3), (0.75, 2.5), (1, 2), (1.5, 1.75)),
+        "brightness": (plain_brightness, 0.05, 0.1, 0.15, 0.2, 0.3),
+        "contrast": (lambda x, rng, share: (1 - share) * x.mean((0, 1)) + share * x, 0.75, 0.5, 0.4, 0.3, 0.15),
+        "elastic_transform": (plain_elastic, (0, 0, 0.08), (0.05, 0.2, 0.07), (0.08, 0.06, 0.06), (0.1, 0.04, 0.05),
+                              (0.1, 0.03, 0.03)),
+        "pixelate": (lambda x, rng, size: np.array(resize(resize(TF.to_pil_image(pixels), [size] * 2), [32] * 2)) / 255,
+                     30, 28, 27, 24, 20),
+        "jpeg_compression": (lambda x, rng, quality: decode_jpeg(encode_jpeg(pixels, quality)).permute(1, 2, 0) / 255,
+                             80, 65, 58, 50, 40),
+    }  # fmt: skip
+    assert tuple(table) == data.CORRUPTIONS
+    for (place, (name, (plain, *strengths))), severity in itertools.product(enumerate(table.items()), range(1, 6)):
+        strength, rng = strengths[severity - 1], np.random.default_rng([0, place, severity, 0])
+        expected = np.asarray(plain(x, rng, *strength) if isinstance(strength, tuple) else plain(x, rng, strength))
+        found = data.corrupt(image, name, severity)[0].numpy().astype(int)
+        apart = np.abs(found - (np.clip(expected, 0, 1) * 255).astype(int))
+        assert apart.max() <= 1 and (apart > 0).mean() < 0.005, (name, severity, apart.max(), (apart > 0).mean())
 
 
 def test_corrupt_draws_by_seed_and_place():
-    images = data.load_synthetic(train=False)[0][:4].clone()
-    images[1] = images[0]
+    images = data.load_synthetic(train=False)[0][[0, 0, 1, 2]]  # a copy
     before = images.clone()
     random = "gaussian_noise", "shot_noise", "impulse_noise", "glass_blur", "fog", "elastic_transform"
-    assert len(data.CORRUPTIONS) == 12
     for name in data.CORRUPTIONS:
         found = data.corrupt(images, name, 3)
         assert found.dtype == torch.uint8 and torch.equal(found[:3], data.corrupt(images[:3], name, 3)), name
@@ -777,13 +761,12 @@ def test_corrupt_draws_by_seed_and_place():
 def test_corrupt_and_attack_refuse_other_images_and_arguments():
     images, labels = torch.arange(2 * 3072).byte().reshape(2, 32, 32, 3), torch.tensor([3, 4])
     array, attack = images.numpy(), functools.partial(data.attack, None)
-    for given, expected in ((images, images), (array, images), (array[::-1], images.flip(0)), (array[1], images[1:])):
+    for given, expected in ((images, images), (array[::-1], images.flip(0)), (array[1], images[1:])):
         assert torch.equal(data.as_pixels(given), expected)
     calls = [(data.corrupt, images, *wrong) for wrong in (("snow", 1), ("fog", "3"), ("fog", 0), ("fog", 6))]
-    wrong = (labels.int(), 1), (labels[:1], 1), ([3, 4], 1), (labels, -1), (labels, math.nan), (labels, 1, 0)
-    calls += [(attack, images, *arguments) for arguments in wrong]
+    calls += [(attack, images, labels, *wrong) for wrong in ((-1,), (math.nan,), (1, 0))]
     for x in (images / 255, array / 255, array.astype(int), images.char(), images.mT, images[None], images[0, 0], None):
-        calls += [(data.as_pixels, x), (data.corrupt, x, "fog", 1), (attack, x, labels, 1)]
+        calls += [(data.corrupt, x, "fog", 1), (attack, x, labels, 1)]
     for function, *arguments in calls:
         with raises(ValueError, msg=arguments):
             function(*arguments)
@@ -812,14 +795,11 @@ def test_corrupt_attack_on_a_linear_network():
 # ---- bad data and downloads --------------------------------------------------------------------------------
 
 
-class Pickled:
-    """Unpickled, it calls function(*arguments)."""
-
-    def __init__(self, function, *arguments):
-        self.call = function, arguments
+class Pickled(functools.partial):
+    """Unpickled, it is called."""
 
     def __reduce__(self):
-        return self.call
+        return self.func, self.args
 
 
 Payload = functools.partial(Pickled, open, str(SCRATCH / "pwned"), "w")  # makes a file, if somebody's code has run
@@ -834,29 +814,24 @@ def answer(content):
 
 @contextlib.contextmanager
 def small_archive():
-    """(bytes, mock) of an archive of 20 training and 10 test images, which torchvision takes for the official one.
+    """The bytes of an archive of 20 training and 10 test images, which torchvision takes for the official one.
 
-    The mock stands for urlopen, and answers every request with the archive.
+    In the `with` block every request of urllib is answered with it.
     """
-    old, archive = Pickled(warnings.warn, "dtype(): align should be passed as a boolean"), io.BytesIO()  # by Python 2
-    files, sums = {"meta": pickle.dumps({"fine_label_names": []})}, {}
-    for name, n in (("train", 20), ("test", 10)):
-        files[name] = pickle.dumps({"data": np.zeros((n, 3072), np.uint8), "fine_labels": [*range(n)], "old": old})
+    old, archive, sums = Pickled(warnings.warn, "dtype(): align should be a boolean"), io.BytesIO(), {}  # by Python 2
     with tarfile.open(fileobj=archive, mode="w:gz") as tar:
-        for name, content in files.items():
+        for name, n in (("train", 20), ("test", 10), ("meta", 0)):
+            images = {"data": np.zeros((n, 3072), np.uint8), "fine_labels": [*range(n)], "old": old}
+            content = pickle.dumps(images if n else {"fine_label_names": []})
             member, sums[name] = tarfile.TarInfo(f"cifar-100-python/{name}"), hashlib.md5(content).hexdigest()
             member.size = len(content)
             tar.addfile(member, io.BytesIO(content))
+    content, cifar100 = archive.getvalue(), torchvision.datasets.CIFAR100
     official = {f"{name}_list": [[name, sums[name]]] for name in ("train", "test")}
-    official["meta"] = {"filename": "meta", "key": "fine_label_names", "md5": sums["meta"]}
-    official["tgz_md5"] = hashlib.md5(archive.getvalue()).hexdigest()
-    with unittest.mock.patch.multiple(torchvision.datasets.CIFAR100, **official):
-        with replaced(urllib.request, "urlopen", side_effect=lambda request: answer(archive.getvalue())) as asked:
-            yield archive.getvalue(), asked
-
-
-def files_in(folder):
-    return sorted(path.name for path in folder.rglob("*") if not path.name.endswith(".lock"))
+    official |= {"meta": cifar100.meta | {"md5": sums["meta"]}, "tgz_md5": hashlib.md5(content).hexdigest()}
+    with unittest.mock.patch.multiple(cifar100, **official):
+        with replaced(urllib.request, "urlopen", side_effect=lambda request: answer(content)):
+            yield content
 
 
 @not_on_windows
@@ -867,89 +842,67 @@ def test_data_are_found_up_to_two_levels_below():
         for name in ("train", "test", "meta"):
             (folder / name).touch()
         assert data.find_cifar100(top) == (folder if found else None), place
-    with replaced(os, "scandir", side_effect=PermissionError):
-        assert data.find_cifar100(top) is None
 
 
 def test_bad_data_folders():
     top, load = new_folder("bad data/below"), data.load_cifar100
-    folder, archive = top / "cifar-100-python", top / "cifar-100-python.tar.gz"
+    download, folder, archive = functools.partial(load, download=True), top / data.FOLDER, top / data.ARCHIVE
     for empty in (top, top / "nowhere", Path(__file__), "~nosuchuser/x"):
-        assert data.find_cifar100(empty) is None
         refused(load, empty, 2, f"no CIFAR-100 in {empty}", "--data-dir", "python train.py")
-    with small_archive() as (content, _), warnings.catch_warnings():
+    with small_archive() as content, warnings.catch_warnings():
         warnings.simplefilter("error")
         archive.write_bytes(content)
-        assert data.find_cifar100(top) == folder
         refused(load, top, 2, f"no CIFAR-100 in {top}")  # only train.py may unpack it
-        (_, labels), printed = quietly(load, top, False, True, "nonsense")
+        (_, labels), printed = quietly(load, data.find_cifar100(top).parent, False, True, "nonsense")
         assert labels.tolist() == list(range(10)) and not printed
         archive.unlink()
         assert str(folder) in quietly(load, top.parent)[1] and not quietly(load, top.parent)[1]  # said once
         for name in ("train", "test", "meta"):
             good = (folder / name).read_bytes()
             (folder / name).write_bytes(pickle.dumps(Payload()))
-            for where, download in ((top, False), (folder, False), (top, True)):
-                altered = f"{folder} is not the official CIFAR-100", "altered", "--data-dir"
-                refused(functools.partial(load, download=download), where, 2, *altered)
+            for where in (top, folder):
+                refused(download, where, 2, f"{folder} is not the official CIFAR-100", "altered", "--data-dir")
             (folder / name).unlink()
-            refused(load, top, 2, f"{folder} is not the official CIFAR-100", "missing")
+            refused(download, top, 2, f"{folder} is not the official CIFAR-100", "missing")
             (folder / name).write_bytes(good)
     assert not (SCRATCH / "pwned").exists()
 
 
 def test_bad_downloads():
-    folder, url = SCRATCH / "download", "http://somewhere/any.tgz"
-    load, ways_out = functools.partial(data.load_cifar100, folder, True, True), ("--data-dir", "--quick", "Internet")
-    for answers, word in (
-        (urllib.error.HTTPError(url, 503, "Service Unavailable", {}, None), "503"), (TimeoutError("timed out"), "timed"),
-        (http.client.BadStatusLine("HTTP/1.0 9"), "HTTP/1.0 9"), (http.client.IncompleteRead(b"", 999), "999 more"),
-        ([answer(b""), answer(b"<html>login</html>")], "corrupted"),
+    """One line with the reason and the ways out, and nothing left behind."""
+    folder, url, mirror = SCRATCH / "download", "http://somewhere/any.tgz", data.MIRROR_URL
+    for url, answers, words in (
+        (url, urllib.error.HTTPError(url, 503, "Service Unavailable", {}, None), ("503", f"--data-url {mirror}")),
+        (url, [answer(b""), answer(b"<html>login</html>")], ("corrupted", "--data-dir", "--quick", "Internet")),
+        (mirror, http.client.IncompleteRead(b"", 999), ("999 more", data.ARCHIVE_URL)), ("nonsense", None, ("type",)),
     ):  # fmt: skip
-        with replaced(urllib.request, "urlopen", side_effect=answers):
-            refused(load, url, 1, url, word, f"--data-url {data.MIRROR_URL}", *ways_out)
-    for url, word in (("nonsense", "nonsense"), ("http://127.0.0.1:9/x", "refused"), (Path(__file__).as_uri(), "file:")):
-        refused(load, url, 1, url, word, *ways_out)
-    assert files_in(folder) == []
-    refused(functools.partial(data.load_cifar100, __file__, True, True), "nonsense", 1, "exists", "--data-dir")
-    with replaced(data, "MIRROR_URL", "nonsense"):  # the mirror fails: the official server is named
-        refused(load, "nonsense", 1, f"--data-url {data.ARCHIVE_URL}")
+        with replaced(urllib.request, "urlopen", side_effect=answers) if answers else contextlib.nullcontext():
+            refused(functools.partial(data.load_cifar100, folder, True, True), url, 1, url, *words)
+    assert list(folder.iterdir()) == []
 
 
 def test_download_works_also_after_an_interruption():
     folder, load, url = SCRATCH / "fetched", data.load_cifar100, "http://somewhere/any.tgz"
-    with small_archive() as (_, asked), replaced(socket, "setdefaulttimeout") as timeout:
+    with small_archive(), replaced(socket, "setdefaulttimeout") as timeout:
         with raises(Killed), replaced(os, "rename", side_effect=Killed):  # when all is unpacked
             quietly(load, folder, True, True, url)
-        assert files_in(folder) == []
+        assert list(folder.iterdir()) == []
         (images, labels), printed = quietly(load, folder, False, True, url)
         with contextlib.redirect_stdout(None), contextlib.redirect_stderr(None):  # as if they were closed
             load(SCRATCH / "fetched again", True, True, url)
     assert images.shape == (10, 32, 32, 3) and labels.tolist() == list(range(10)) and labels.dtype == torch.int64
-    assert files_in(folder) == ["cifar-100-python", "meta", "test", "train"]
+    assert sorted(path.name for path in folder.rglob("*")) == ["cifar-100-python", "meta", "test", "train"]
     assert url in printed and f"--data-url {data.MIRROR_URL}\n" in printed and "\r" not in printed
-    assert asked.call_count == 6  # torchvision asks for redirections first
     assert timeout.mock_calls == [unittest.mock.call(20), unittest.mock.call(None)] * 3  # seconds
 
 
-@not_on_windows
-def test_download_happens_once_and_without_locks_harms_nobody():
-    folder, printed, meet, rename = new_folder("shared"), io.StringIO(), threading.Barrier(2), os.rename
-    url = "http://somewhere/any.tgz"
-    with small_archive() as (_, asked), ThreadPoolExecutor() as pool:
-        with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
-            with open(folder / ".cifar-100-python.lock", "w") as file:  # somebody else holds it
-                assert utils.lock(file)
-                found = [pool.submit(data.load_cifar100, folder, True, True, url) for _ in range(2)]
-                deadline = time.monotonic() + 300
-                while printed.getvalue().count("waiting") < 2 and time.monotonic() < deadline:
-                    time.sleep(0.05)
-                assert printed.getvalue().count("waiting") == 2 and not asked.called
-            assert [len(one.result()[0]) for one in found] == [20, 20] and asked.call_count == 2
-            with replaced(data, "lock", return_value=True), replaced(os, "rename") as together:
-                together.side_effect = lambda *paths: meet.wait(300) + 1 and rename(*paths)  # both have downloaded
-                found = [pool.submit(data.load_cifar100, SCRATCH / "unlocked", True, True, url) for _ in range(2)]
-                assert [len(one.result()[0]) for one in found] == [20, 20]
+def test_downloads_at_once_do_no_harm():
+    meet, rename = threading.Barrier(2), os.rename
+    with small_archive(), replaced(os, "rename") as together, ThreadPoolExecutor() as pool:
+        together.side_effect = lambda *paths: meet.wait(300) + 1 and rename(*paths)  # both have downloaded
+        with contextlib.redirect_stdout(None), contextlib.redirect_stderr(None):
+            found = [pool.submit(data.load_cifar100, SCRATCH / "at once", True, True) for _ in range(2)]
+            assert [len(one.result()[0]) for one in found] == [20, 20]
 
 
 # ---- metrics and intervals -----------------------------------------------------------------------------------------
