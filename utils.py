@@ -267,12 +267,12 @@ def sha256(path):
     return hashlib.sha256(Path(path).read_bytes()).hexdigest() if Path(path).is_file() else None
 
 
-def lock(file, wait=False):
+def lock(file):
     """Lock an open file, until it is closed or its process ends; False if another process holds it."""
     try:
         import fcntl
 
-        fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     except (ImportError, OSError):

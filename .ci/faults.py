@@ -7,6 +7,8 @@
 
 import contextlib
 import functools
+import hashlib
+import http.client
 import io
 import json
 import math
@@ -15,14 +17,22 @@ import pickle
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import tarfile
+import threading
 import unittest.mock
+import urllib.request
+import urllib.response
+import warnings
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
+import torchvision
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data  # noqa: E402
@@ -32,9 +42,122 @@ import gradcam  # noqa: E402
 import train  # noqa: E402
 import utils  # noqa: E402
 from model import resnet18  # noqa: E402
-from test_smoke import HERE, SCRATCH, TINY, Payload, chain, copy_of_run, json_of, new_folder, not_on_windows  # noqa: E402
+from test_smoke import HERE, SCRATCH, TINY, Killed, chain, copy_of_run, json_of, new_folder, not_on_windows  # noqa: E402
 from test_smoke import quietly, raised, raises, read_csv, refused, replaced, run, run_from, script, without_drawing  # noqa: E402
 from utils import ScriptError  # noqa: E402
+
+
+# ---- bad data and downloads --------------------------------------------------------------------------------
+
+
+class Pickled(functools.partial):
+    """Unpickled, it is called."""
+
+    def __reduce__(self):
+        return self.func, self.args
+
+
+Payload = functools.partial(Pickled, open, str(SCRATCH / "pwned"), "w")  # makes a file, if somebody's code has run
+
+
+def answer(content):
+    """A response of urllib with these bytes; without a URL of its own, it is no redirection."""
+    response = urllib.response.addinfourl(io.BytesIO(content), {}, None)
+    response.length = len(content)
+    return response
+
+
+@contextlib.contextmanager
+def small_archive():
+    """The bytes of an archive of 20 training and 10 test images, which torchvision takes for the official one.
+
+    In the `with` block every request of urllib is answered with it.
+    """
+    old, archive, sums = Pickled(warnings.warn, "dtype(): align should be a boolean"), io.BytesIO(), {}  # by Python 2
+    with tarfile.open(fileobj=archive, mode="w:gz") as tar:
+        for name, n in (("train", 20), ("test", 10), ("meta", 0)):
+            images = {"data": np.zeros((n, 3072), np.uint8), "fine_labels": [*range(n)], "old": old}
+            content = pickle.dumps(images if n else {"fine_label_names": []})
+            member, sums[name] = tarfile.TarInfo(f"cifar-100-python/{name}"), hashlib.md5(content).hexdigest()
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    content, cifar100 = archive.getvalue(), torchvision.datasets.CIFAR100
+    official = {f"{name}_list": [[name, sums[name]]] for name in ("train", "test")}
+    official |= {"meta": cifar100.meta | {"md5": sums["meta"]}, "tgz_md5": hashlib.md5(content).hexdigest()}
+    with unittest.mock.patch.multiple(cifar100, **official):
+        with replaced(urllib.request, "urlopen", side_effect=lambda request: answer(content)):
+            yield content
+
+
+@not_on_windows
+def test_data_are_found_up_to_two_levels_below():
+    for place, found in (("", 1), ("cifar-100-python", 1), ("a", 1), ("a/b", 1), ("a/b/c", 0), (".hidden", 0)):
+        top, folder = new_folder(f"below {place}"), new_folder(f"below {place}/{place}")
+        (top / "0").symlink_to(top)
+        for name in ("train", "test", "meta"):
+            (folder / name).touch()
+        assert data.find_cifar100(top) == (folder if found else None), place
+
+
+def test_bad_data_folders():
+    top, load = new_folder("bad data/below"), data.load_cifar100
+    download, folder, archive = functools.partial(load, download=True), top / data.FOLDER, top / data.ARCHIVE
+    for empty in (top, top / "nowhere", Path(__file__), "~nosuchuser/x"):
+        refused(load, empty, 2, f"no CIFAR-100 in {empty}", "--data-dir", "python train.py")
+    with small_archive() as content, warnings.catch_warnings():
+        warnings.simplefilter("error")
+        archive.write_bytes(content)
+        refused(load, top, 2, f"no CIFAR-100 in {top}")  # only train.py may unpack it
+        (_, labels), printed = quietly(load, data.find_cifar100(top).parent, False, True, "nonsense")
+        assert labels.tolist() == list(range(10)) and not printed
+        archive.unlink()
+        assert str(folder) in quietly(load, top.parent)[1] and not quietly(load, top.parent)[1]  # said once
+        for name in ("train", "test", "meta"):
+            good = (folder / name).read_bytes()
+            (folder / name).write_bytes(pickle.dumps(Payload()))
+            for where in (top, folder):
+                refused(download, where, 2, f"{folder} is not the official CIFAR-100", "altered", "--data-dir")
+            (folder / name).unlink()
+            refused(download, top, 2, f"{folder} is not the official CIFAR-100", "missing")
+            (folder / name).write_bytes(good)
+    assert not (SCRATCH / "pwned").exists()
+
+
+def test_bad_downloads():
+    """One line with the reason and the ways out, and nothing left behind."""
+    folder, url, mirror = SCRATCH / "download", "http://somewhere/any.tgz", data.MIRROR_URL
+    for url, answers, words in (
+        (url, urllib.error.HTTPError(url, 503, "Service Unavailable", {}, None), ("503", f"--data-url {mirror}")),
+        (url, [answer(b""), answer(b"<html>login</html>")], ("corrupted", "--data-dir", "--quick", "Internet")),
+        (mirror, http.client.IncompleteRead(b"", 999), ("999 more", data.ARCHIVE_URL)), ("nonsense", None, ("type",)),
+    ):  # fmt: skip
+        with replaced(urllib.request, "urlopen", side_effect=answers) if answers else contextlib.nullcontext():
+            refused(functools.partial(data.load_cifar100, folder, True, True), url, 1, url, *words)
+    assert list(folder.iterdir()) == []
+
+
+def test_download_works_also_after_an_interruption():
+    folder, load, url = SCRATCH / "fetched", data.load_cifar100, "http://somewhere/any.tgz"
+    with small_archive(), replaced(socket, "setdefaulttimeout") as timeout:
+        with raises(Killed), replaced(os, "rename", side_effect=Killed):  # when all is unpacked
+            quietly(load, folder, True, True, url)
+        assert list(folder.iterdir()) == []
+        (images, labels), printed = quietly(load, folder, False, True, url)
+        with contextlib.redirect_stdout(None), contextlib.redirect_stderr(None):  # as if they were closed
+            load(SCRATCH / "fetched again", True, True, url)
+    assert images.shape == (10, 32, 32, 3) and labels.tolist() == list(range(10)) and labels.dtype == torch.int64
+    assert sorted(path.name for path in folder.rglob("*")) == ["cifar-100-python", "meta", "test", "train"]
+    assert url in printed and f"--data-url {data.MIRROR_URL}\n" in printed and "\r" not in printed
+    assert timeout.mock_calls == [unittest.mock.call(20), unittest.mock.call(None)] * 3  # seconds
+
+
+def test_downloads_at_once_do_no_harm():
+    meet, rename = threading.Barrier(2), os.rename
+    with small_archive(), replaced(os, "rename") as together, ThreadPoolExecutor() as pool:
+        together.side_effect = lambda *paths: meet.wait(300) + 1 and rename(*paths)  # both have downloaded
+        with contextlib.redirect_stdout(None), contextlib.redirect_stderr(None):
+            found = [pool.submit(data.load_cifar100, SCRATCH / "at once", True, True) for _ in range(2)]
+            assert [len(one.result()[0]) for one in found] == [20, 20]
 
 
 # ---- reading -------------------------------------------------------------------------------------------------------
