@@ -30,7 +30,6 @@ import tempfile
 import time
 import traceback
 import unittest.mock
-import urllib.request
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
