@@ -9,7 +9,7 @@ first, and failures.png. gradcam.py shows what the network looked at there.
 
 Failures picked for their confidence in one run look better in any other run
 (regression to the mean). So add a control to --compare, a run of the same
-recipe under another seed: what happens there is not the effect of a change.
+recipe under another seed: what happens there is no effect of a change.
 
 Columns of failures.csv: votes is how many of five people uphold the label
 (Northcutt et al., arXiv:2103.14749), empty where nobody was asked. For each run
@@ -26,8 +26,7 @@ import utils
 from data import DOUBTFUL, SUPERCLASS_OF, TITLES, class_names, is_test_set, load_dataset, votes
 from utils import ScriptError
 
-COLUMNS = "index true predicted confidence true_probability same_superclass representative votes".split()
-OUTCOMES = ("repaired", "same wrong class", "another wrong class")
+COLUMNS = "index true predicted confidence true_probability same_superclass representative votes checkpoint".split()
 ACROSS, SHOWN = 5, 15  # in failures.png: images in a row, images in all
 
 
@@ -53,8 +52,8 @@ def confident_failures(run, threshold):
 def representative(failures, preds, labels, count):
     """`count` of the failures, evenly spread over the ranks, at most one per pair of classes.
 
-    For 3: the most confident, the median, the nearest to the threshold. A rank whose pair of classes is taken
-    gives way to the nearest rank that brings a new pair; fewer come back if there are not enough pairs.
+    For 3: the most confident, the median, the least confident. A rank whose pair of classes is taken gives
+    way to the nearest that brings a new pair; fewer come back if there are not enough pairs.
     """
     chosen = {}  # pair of classes: the failure that stands for it
     for target in np.linspace(0, len(failures) - 1, count):
@@ -91,8 +90,7 @@ def make_rows(run, others, failures, chosen, dataset):
 
 def doubt(row):
     """A word on an image whose label fewer than three of five people uphold, else ""."""
-    doubtful = row["votes"] is not None and row["votes"] < 3
-    return f"label doubtful: {row['votes']} of 5 agree" if doubtful else ""
+    return f"label doubtful: {row['votes']} of 5 agree" if row["votes"] in (0, 1, 2) else ""
 
 
 def say(text):
@@ -105,30 +103,28 @@ def print_fate(run, other, controls, failures, rows):
     print(other.name)
     if other in controls:
         print("  control: the same recipe, another seed")
-    repaired, same, another = (sum(row[f"{other.name}_outcome"] == word for row in rows) for word in OUTCOMES)
+    outcomes = [row[f"{other.name}_outcome"] for row in rows]
+    repaired, same, another = map(outcomes.count, ("repaired", "same wrong class", "another wrong class"))
     print(f"  repaired: {repaired:,} of {len(rows):,}, same wrong class: {same:,}, another wrong class: {another:,}")
     before, after = run.confidence[failures].mean(), other.confidence[failures].mean()
     print(f"  mean confidence: {100 * before:.1f} % -> {100 * after:.1f} %")
 
 
 def draw(images, rows, title, other):
-    """The representative failures, then the most confident others, in full rows; a Figure.
+    """The representative failures, then the most confident others; a Figure.
 
     images: (N, 32, 32, 3) uint8. other: the name of a run whose predictions are shown as well, or None.
     """
-    ordered = sorted(rows, key=lambda row: -row["representative"])  # stable: each part by falling confidence
-    chosen = sum(row["representative"] for row in rows)
-    count = min(max(SHOWN, chosen), len(rows))
-    across = min(ACROSS, count)
-    shown = ordered[: max(count // across * across, chosen)]
-    height = math.ceil(len(shown) / across)
-
+    shown = max(SHOWN, sum(row["representative"] for row in rows))
+    rows = sorted(rows, key=lambda row: -row["representative"])[:shown]  # stable: each part by falling confidence
+    across = min(ACROSS, len(rows))
+    height = math.ceil(len(rows) / across)
     text = f"{title}\norange: representative, evenly spread over the ranks; black: the most confident others"
     text += f"\nother: what {other} predicts" if other else ""
     figure, grid = utils.new_figure(10, 2.95 * height + 0.9, height, across, text, squeeze=False)
     for axes in grid.flat:
         axes.axis("off")
-    for axes, row in zip(grid.flat, shown):
+    for axes, row in zip(grid.flat, rows):
         word, color = ("representative", utils.VERMILION) if row["representative"] else ("", "black")
         lines = [word, f"true: {row['true']}", f"predicted: {row['predicted']}"]
         lines += [f"{100 * row['confidence']:.2f} %, image {row['index']}"]
@@ -179,12 +175,11 @@ def main(argv=None):
     rows = make_rows(run, others, failures, chosen, dataset)
     what = f"{TITLES[dataset]} test images that are wrong with confidence above {args.threshold}"
     say(f"{run.name}: {len(rows):,} {what} (wrong in all: {(~run.correct).sum():,} of {len(run.labels):,})")
-    added = [f"{other.name}_{part}" for other in others for part in ("outcome", "predicted", "confidence")]
-    picture = run.folder / "failures.png"
-    if utils.write_csv(run.folder / "failures.csv", rows, [*COLUMNS, *added, "checkpoint"]):
+    picture, folder = run.folder / "failures.png", utils.quote(run.folder)
+    if utils.write_csv(run.folder / "failures.csv", rows, None if rows else COLUMNS):
         picture.unlink(missing_ok=True)  # it shows the old failures
     if not rows:
-        print(f"nothing to show; wrote an empty failures.csv to {utils.quote(run.folder)}")
+        print(f"nothing to show; wrote an empty failures.csv to {folder}")
         if not run.correct.all():  # the ten most confident mistakes exceed it; the last --threshold counts
             tenth = run.confidence[confident_failures(run, 0)[:10]].min()
             words = [*(argv or ()), "--threshold", math.floor(100 * tenth - 1e-9) / 100]
@@ -205,22 +200,15 @@ def main(argv=None):
     if others and not controls:
         print("Failures picked for their confidence in one run look better in any other run.")
         print("By how much: --compare with the same recipe under another --seed, too.")
-    print(f"wrote failures.csv to {utils.quote(run.folder)}", flush=True)
+    print(f"wrote failures.csv to {folder}", flush=True)
 
-    try:
-        images, labels = load_dataset(dataset, data_dir, train=False)
-    except ScriptError as error:
-        message = f"failures.csv is written, but failures.png needs the images: {error}"
-        raise ScriptError(message, error.code) from None
-    if not np.array_equal(labels, run.labels):
-        again = f"run python evaluate.py {utils.quote(run.folder)} again"
-        raise ScriptError(f"{run.folder}: test_labels.npy differs from the data set in {data_dir}; {again}")
+    images, _ = load_dataset(dataset, data_dir, train=False)
     title = textwrap.fill(f"{run.name}: {what}, {len(rows):,} in all", 90)
     utils.save_figure(picture, draw, images.numpy(), rows, title, others[0].name if others else None)
     if picture.exists():
-        print(f"wrote failures.png to {utils.quote(run.folder)}")
+        print(f"wrote failures.png to {folder}")
     script = "gradcam" if (run.folder / "best.pt").exists() else "evaluate"  # a published run may be without it
-    print(f"next: python {script}.py {utils.quote(run.folder)}{utils.data_flag(args)}")
+    print(f"next: python {script}.py {folder}{utils.data_flag(args)}")
     return rows
 
 

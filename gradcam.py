@@ -12,12 +12,11 @@ output and y^c the logit of class c,
     map^c     = sum over k of  alpha_k^c A^k     and  Grad-CAM = ReLU(map^c)
 
 The forward hook keeps A, the backward hook the gradient. Where a network ends in
-mean-pooling and a linear layer, the map of the last layer is the logit, spread
-over the cells: its sum plus the bias of class c is y^c. So the difference of two
-classes' maps shows where the lead of one over the other comes from. In CIFAR's
-ResNet-18 that layer, layer4, has 4x4 cells of 8x8 pixels, and each has seen the
-whole image: a rough direction, no outline. --layer layer3 has 8x8 cells and
-lacks that identity.
+mean-pooling and a linear layer, the last map is the logit, spread over the cells:
+its sum plus the bias of class c is y^c. So the difference of two classes' maps
+shows where the lead of one comes from. In CIFAR's ResNet-18 that layer, layer4,
+has 4x4 cells of 8x8 pixels, and each has seen the whole image: a rough direction,
+no outline. --layer layer3 has 8x8 cells and lacks that identity.
 
 Writes into the run directory:
     gradcam.png    a row per representative failure: maps for the predicted and
@@ -39,7 +38,6 @@ import contextlib
 import difflib
 import math
 import textwrap
-import warnings
 import zlib
 from pathlib import Path
 
@@ -49,7 +47,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 
 import utils
-from data import CLASS_NAMES, TITLES, as_pixels, class_names, load_dataset, normalize, votes
+from data import CLASS_NAMES, DOUBTFUL, TITLES, as_pixels, class_names, load_dataset, normalize, votes
 from model import LAST_MAP, MODELS, make_model
 from utils import ScriptError, require
 
@@ -66,60 +64,45 @@ FORMATS = "PNG JPEG GIF BMP TIFF WEBP PPM".split()  # Pillow would also start Gh
 def grad_cam(model, images, targets, layer="layer4"):
     """Signed raw Grad-CAM maps (N, h, w) float32, before the ReLU, on the network's device.
 
-    model: a plain network, wholly in training or in eval mode; it is run in eval mode and put back. images:
-    (N, 3, H, W) float, normalised. targets: (N,) int64, the class to explain in each image. layer: a module
-    of the network, or its name, whose output is (N, K, h, w). Works under no_grad and inference_mode, with
-    frozen, half and double weights, and leaves no hook and no gradient behind. One backward pass serves the
-    batch, because in eval mode no image's logit depends on another image. Raises ValueError for an argument
-    that cannot be right.
+    model: run in eval mode and put back. images: (N, 3, H, W) float, normalised. targets: (N,) int64, the class
+    to explain in each image. layer: the name of a module whose output is (N, K, h, w). Works under no_grad and
+    inference_mode, with frozen, half and double weights, and leaves no hook and no gradient behind. One backward
+    pass serves the batch: in eval mode no image's logit depends on another image. ValueError for wrong arguments.
     """
-    module = check_arguments(model, images, targets, layer)
-    weight, training, saved, hooks = next(model.parameters()), model.training, {}, []
+    modules, weight, training, saved = dict(model.named_modules()), next(model.parameters()), model.training, {}
+    parts = ", ".join(name for name, _ in model.named_children())
+    require(layer in modules, f"the network has no layer {layer}; its parts are {parts}")
+    sound = images.is_floating_point() and (images.abs() <= 10).all()  # in 0..1: may be low contrast
+    require(sound, "images must be normalised floats (N, 3, H, W), as data.normalize makes them")
+    targets = torch.as_tensor(targets)
+    fitting = targets.dtype == torch.int64 and targets.shape == images.shape[:1]
+    require(fitting, "targets must be int64 (N,), a class for each image, such as torch.tensor([3])")
 
-    def keep_gradient(gradient):  # the backward hook
+    def backward_hook(gradient):
         saved["gradient"] = gradient
 
-    def keep_activations(module, inputs, output):  # the forward hook
-        require(getattr(output, "ndim", 0) == 4, f"the output of layer {layer} is no map (N, K, h, w)")
+    def forward_hook(module, inputs, output):
+        require(output.ndim == 4, f"the output of layer {layer} is no map (N, K, h, w)")
         # A starts the graph: the backward pass ends here, whether or not the weights before it are frozen.
-        saved["A"] = output.detach().requires_grad_()
-        hooks.append(saved["A"].register_hook(keep_gradient))
-        return saved["A"].clone()  # goes on through the network, which may change it in place
+        A = saved["A"] = output.detach().requires_grad_()
+        A.register_hook(backward_hook)  # goes with A
+        return A
 
     try:
         model.eval()  # in training mode batch norm would mix the images
-        hooks.append(module.register_forward_hook(keep_activations))
-        with torch.inference_mode(False), torch.enable_grad(), torch.autocast(weight.device.type, enabled=False):
+        with torch.inference_mode(False), torch.enable_grad(), modules[layer].register_forward_hook(forward_hook):
             layout = utils.memory_format(weight.device)
             logits = model(images.to(weight.device, weight.dtype, copy=True, memory_format=layout))  # (N, C)
+            require("A" in saved, f"the network does not use layer {layer}")
             known = ((targets >= 0) & (targets < logits.shape[1])).all()
             require(known, f"targets outside 0..{logits.shape[1] - 1}")
             score = logits.gather(1, targets.to(weight.device, copy=True)[:, None]).sum()
-            if "A" in saved and score.requires_grad:
-                score.backward(inputs=[saved["A"]])  # no parameter gets a .grad
-            require("gradient" in saved, f"the logits do not depend on layer {layer}")
+            score.backward(inputs=[saved["A"]])  # no parameter gets a .grad
     finally:
         model.train(training)
-        for hook in hooks:
-            hook.remove()
     A, gradient = saved["A"].detach().float(), saved["gradient"].float()  # (N, K, h, w)
     alpha = gradient.mean((2, 3), keepdim=True)  # (N, K, 1, 1)
     return (alpha * A).sum(1)  # (N, h, w)
-
-
-def check_arguments(model, images, targets, layer):
-    """The module that layer is or names; ValueError for what grad_cam cannot work with."""
-    shaped = isinstance(images, torch.Tensor) and images.ndim == 4 and images.shape[1] == 3
-    sound = shaped and images.is_floating_point() and not (images.abs() > 10).any()  # in 0..1: may be low contrast
-    require(sound, "images must be normalised floats (N, 3, H, W), as data.normalize makes them")
-    fitting = isinstance(targets, torch.Tensor) and targets.dtype == torch.int64 and targets.shape == images.shape[:1]
-    require(fitting, "targets must be int64 (N,), a class for each image, such as torch.tensor([3])")
-    require(not any(p.is_inference() for p in model.parameters()), "load the network outside torch.inference_mode")
-    modules = dict(model.named_modules())
-    module = modules.get(layer, layer)
-    parts = ", ".join(name for name, _ in model.named_children())
-    require(module in modules.values(), f"the network has no layer {layer}; its parts are {parts}")
-    return module
 
 
 def make_maps(model, images, classes, layer):
@@ -130,8 +113,8 @@ def make_maps(model, images, classes, layer):
 
 
 def upsample(maps):
-    """Raw maps (N, h, w) to (N, 32, 32), bilinear between the centres of the cells."""
-    return F.interpolate(maps[:, None], size=(32, 32), mode="bilinear", align_corners=False)[:, 0]
+    """Maps (N, k, h, w) to (N, k, 32, 32), bilinear between the centres of the cells."""
+    return F.interpolate(maps, size=(32, 32), mode="bilinear", align_corners=False)
 
 
 def probabilities(model, images):
@@ -147,15 +130,13 @@ def explain(model, images, labels=None, target="predicted", layer="layer4", name
     class to explain, "predicted", "true" or a label. names: of the classes, by label. The two maps of an
     image are those for its target and for its label. Raises ValueError for anything else.
     """
+    require(labels is not None or target != "true", "target true needs the labels")
     images = as_pixels(images)
     probs = probabilities(model, images)
     preds = probs.argmax(1)
-    require(labels is not None or target != "true", "target true needs the labels")
-    true = preds if labels is None else torch.as_tensor(labels)
-    require(true.shape == preds.shape, f"labels must be (N,), one for each of {len(preds)} images")
-    known = {"predicted": preds, "true": true}
-    targets = known[target] if target in known else torch.full_like(preds, target)
-    labels = targets if labels is None else true
+    known = {"predicted": preds, "true": labels}
+    targets = torch.as_tensor(known[target] if target in known else torch.full_like(preds, target))
+    labels = targets if labels is None else torch.as_tensor(labels)
     maps = torch.stack([make_maps(model, images, classes, layer) for classes in (targets, labels)], 1)
     columns = {
         "true": [names[label] for label in labels],
@@ -186,8 +167,7 @@ def picture(model, images, labels=None, target="predicted", layer="layer4", name
     mistakes = any(row["target"] != row["true"] for row in rows)
     n, columns = len(images), 2 + 2 * mistakes + bool(other)
     asked = target if target in ("predicted", "true") else "asked"
-    where = layer if isinstance(layer, str) else type(layer).__name__
-    title += f"\nGrad-CAM at {where}, {maps.shape[2]}x{maps.shape[3]} cells"
+    title += f"\nGrad-CAM at {layer}, {maps.shape[2]}x{maps.shape[3]} cells"
     title += "\nLine on the image: half of the first map's largest value"
     title = "\n".join(textwrap.fill(line, 22 * columns, break_on_hyphens=False) for line in title.strip().splitlines())
     height = 2.6 * n + 0.8 + 0.2 * title.count("\n")
@@ -195,30 +175,32 @@ def picture(model, images, labels=None, target="predicted", layer="layer4", name
     for axis in grid.flat:
         axis.axis("off")
 
-    def show(axis, values, text, lowest=0, colours="viridis"):
+    def show(axis, values, top, text, lowest=0, colours="viridis"):
+        values = values / top.clamp(min=1e-12)
         axis.imshow(values, vmin=lowest, vmax=1, cmap=colours, interpolation="bilinear")
         axis.set_title(text, fontsize=9.5)
 
-    for i, (axes, image, row) in enumerate(zip(grid, images, rows)):
-        cams, lead = upsample(maps[i].clamp(min=0)), upsample(maps[i, :1] - maps[i, 1:])[0]
-        top = cams.max().clamp(min=1e-12)  # one scale for the two maps
-        caption = f"image {i}" + ("" if labels is None else f"\ntrue: {row['true']}")
-        axes[0].set_title((captions[i] if captions else caption).replace("$", r"\$"), fontsize=9.5)
-        axes[0].imshow(image, interpolation="nearest")
-        half = cams[0].max().item() / 2
-        for colour, width in (("black", 2.5), ("white", 1)):
-            if cams[0].min() < half:
-                axes[0].contour(cams[0], [half], colors=colour, linewidths=width)
+    cams, leads = upsample(maps.clamp(min=0)), upsample(maps[:, :1] - maps[:, 1:])
+    their_cams = upsample(other_maps.clamp(min=0))
+    for i, (axes, row, theirs) in enumerate(zip(grid, rows, other_rows)):
+        caption = captions[i] if captions else f"image {i}" + ("" if labels is None else f"\ntrue: {row['true']}")
+        axes[0].set_title(caption.replace("$", r"\$"), fontsize=9.5)
+        axes[0].imshow(images[i], interpolation="nearest")
+        half = cams[i, 0].max().item() / 2
+        if cams[i, 0].min() < half:
+            for colour, width in (("black", 2.5), ("white", 1)):
+                axes[0].contour(cams[i, 0], [half], colors=colour, linewidths=width)
         weak = "" if row["map_max"] > 0 else ", no evidence"
-        show(axes[1], cams[0] / top, f"{asked}: {row['target']}\n{100 * row['target_probability']:.2f} %{weak}")
+        text = f"{asked}: {row['target']}\n{100 * row['target_probability']:.2f} %{weak}"
+        show(axes[1], cams[i, 0], cams[i].max(), text)
         if row["target"] != row["true"]:
-            show(axes[2], cams[1] / top, f"true: {row['true']}\n{100 * row['true_probability']:.2f} %")
-            lead = lead / lead.abs().max().clamp(min=1e-12)
-            show(axes[3], lead, f"{row['target']}\nrather than {row['true']}", -1, "PuOr_r")
+            text = f"true: {row['true']}\n{100 * row['true_probability']:.2f} %"
+            show(axes[2], cams[i, 1], cams[i].max(), text)  # on the same scale
+            text = f"{row['target']}\nrather than {row['true']}"
+            show(axes[3], leads[i, 0], leads[i].abs().max(), text, -1, "PuOr_r")
         if other:
-            cam, row = upsample(other_maps[i, :1].clamp(min=0))[0], other_rows[i]
-            text = f"other run: {row['predicted']}\n{100 * row['confidence']:.2f} %"
-            show(axes[-1], cam / cam.max().clamp(min=1e-12), text)
+            text = f"other run: {theirs['predicted']}\n{100 * theirs['confidence']:.2f} %"
+            show(axes[-1], their_cams[i, 0], their_cams[i, 0].max(), text)
 
     bars = [(1, "evidence for the class", ["none", "most in row"])]
     bars += [(3, "class it speaks for", ["true", asked])] if mistakes else []
@@ -239,35 +221,28 @@ def picture(model, images, labels=None, target="predicted", layer="layer4", name
 
 def spearman(first, second):
     """Spearman's rank correlation (N,) of two tensors (N, ...), image by image; NaN where one is constant."""
-
-    def ranks(x):  # twice the mean rank, around 0: how many cells are smaller, plus how many are not larger
-        rank = ((x[:, :, None] > x[:, None]).sum(2) + (x[:, :, None] >= x[:, None]).sum(2)).double()
-        return rank - rank.mean(1, keepdim=True)
-
-    a, b = ranks(first.flatten(1)), ranks(second.flatten(1))
-    return (a * b).sum(1) / ((a**2).sum(1) * (b**2).sum(1)).sqrt()  # 0 / 0 is NaN
+    # A cell's rank, around 0: how many cells are smaller, minus how many are larger. Ties share theirs.
+    a, b = ((x[:, :, None] - x[:, None]).sign().sum(2).double() for x in (first.flatten(1), second.flatten(1)))
+    return (a * b).sum(1) / (a.square().sum(1) * b.square().sum(1)).sqrt()  # 0 / 0 is NaN
 
 
 def sanity_checks(model, args, images, classes):
     """Mean |Spearman rho| of the maps with maps that must differ: {their name: float}; NaN if undefined.
 
-    Near 1 for another class, drawn at random, the map does not depend on the class (Sixt et al.,
-    arXiv:1912.09818). Near 1 for untrained weights, it does not show what was learnt (Adebayo et al.,
-    arXiv:1810.03292). Small values are necessary, not sufficient. args: train.py's arguments. images:
-    (N, 32, 32, 3) uint8. classes: (N,) int64.
+    Near 1 for another class, drawn at random, the maps ignore the class (Sixt et al., arXiv:1912.09818); near 1
+    for untrained weights, what was learnt (Adebayo et al., arXiv:1810.03292). Small values are necessary, not
+    sufficient. args: train.py's arguments. images: (N, 32, 32, 3) uint8. classes: (N,) int64.
     """
     layer = SANITY_LAYER[args["model"]]
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(0)
-        untrained = make_model(args["model"], width=args["width"]).to(next(model.parameters()).device).eval()
+    torch.manual_seed(0)
+    untrained = make_model(args["model"], width=args["width"]).to(next(model.parameters()).device).eval()
     shift = torch.randint(1, 100, (len(classes),), generator=torch.Generator().manual_seed(0))
     own = make_maps(model, images, classes, layer)
     maps = {
         "another class": make_maps(model, images, (classes + shift) % 100, layer),
         "untrained weights": make_maps(untrained, images, classes, layer),
     }
-    rho = {name: spearman(own, other).abs() for name, other in maps.items()}
-    return {name: values[~values.isnan()].mean().item() for name, values in rho.items()}
+    return {name: spearman(own, other).abs().nanmean().item() for name, other in maps.items()}
 
 
 # ---- attention: what hiding a part costs ----------------------------------------------------------------
@@ -283,9 +258,8 @@ def occlusion_drops(model, images, classes):
     centre = F.pad(torch.ones(21, 21, device=images.device), [5, 6, 5, 6]).bool()
 
     def probability(images):
-        batches = images.contiguous(memory_format=utils.memory_format(images.device)).split(BATCH)
-        probs = utils.predict(model, utils.track(batches, "hiding parts, batch")).cpu().double().softmax(1)
-        return probs.gather(1, classes[:, None])[:, 0].numpy()
+        logits = utils.predict(model, utils.track(images.split(BATCH), "hiding parts, batch"))
+        return logits.cpu().double().softmax(1).gather(1, classes[:, None])[:, 0].numpy()
 
     intact = probability(images)
     return [intact - probability(images.masked_fill(mask, 0)) for mask in (border, centre)]
@@ -332,11 +306,10 @@ def print_attention(rows):
     """The means of attention.csv. Their intervals, over several runs, are in evaluate.py's verdict."""
     print("points of confidence lost    centre hidden  border hidden  more at the border")
     for group, name in (("failure", "failures"), ("matched", "matched hits")):
-        chosen = [row for row in rows if row["group"] == group]
-        if chosen:
-            centre, border = (100 * np.array([row[name] for row in chosen]) for name in ("centre_drop", "border_drop"))
-            more = 100 * (border > centre).mean()
-            print(f"{len(chosen):7,} {name:<21}{centre.mean():13.1f}{border.mean():15.1f}{more:10.1f} % of them")
+        drops = [(row["centre_drop"], row["border_drop"]) for row in rows if row["group"] == group]
+        centre, border = 100 * np.array(drops).reshape(-1, 2).T
+        more = 100 * (border > centre).mean()
+        print(f"{len(drops):7,} {name:<21}{centre.mean():13.1f}{border.mean():15.1f}{more:10.1f} % of them")
     print("Border is not background, and hidden parts are unlike the training images.")
 
 
@@ -345,20 +318,13 @@ def print_attention(rows):
 
 def read_image(path):
     """A picture file as (32, 32, 3) uint8: upright, its central square, on white, in RGB; else ScriptError."""
-    image = None
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # on broken EXIF blocks
-            warnings.simplefilter("error", Image.DecompressionBombWarning)  # above 89 million pixels
-            with Image.open(Path(path).expanduser(), formats=FORMATS) as file, contextlib.suppress(Exception):
-                image = ImageOps.exif_transpose(file)  # upright
-            if image is None:  # a broken EXIF block is ignored, but not broken pixels
-                with Image.open(Path(path).expanduser(), formats=FORMATS) as file:
-                    file.load()
-                    image = file.copy()
+        with Image.open(Path(path).expanduser(), formats=FORMATS) as image:
+            image.load()
+            with contextlib.suppress(Exception):  # a broken EXIF block is ignored, but not broken pixels
+                image = ImageOps.exif_transpose(image)  # upright
         if image.mode.startswith(("I", "F")):  # 16-bit gray: convert() would clip it all to white
             values = np.asarray(image, np.float64)
-            require(np.isfinite(values).all(), "a NaN or infinite pixel")
             values = 255 * (values - values.min()) / max(np.ptp(values), 1e-12)
             image = Image.fromarray(values.round().astype(np.uint8))
         image = ImageOps.fit(image.convert("RGBA"), (32, 32), Image.Resampling.BICUBIC)
@@ -376,8 +342,8 @@ def predict_image(model, image, names=CLASS_NAMES):
     Raises ScriptError for a file that is no readable picture, ValueError for other pixels.
     """
     pixels = as_pixels(image if isinstance(image, (np.ndarray, torch.Tensor)) else read_image(image))
-    require(len(pixels) == 1, f"one picture, not {len(pixels)}")
-    top = probabilities(model, pixels)[0].topk(5)
+    [probs] = probabilities(model, pixels)
+    top = probs.topk(5)
     return [(names[label], p) for p, label in zip(top.values.tolist(), top.indices.tolist())]
 
 
@@ -389,14 +355,13 @@ def parse_args(argv):
     add = parser.add_argument
     add("run", metavar="RUN", nargs="?", help="run directory of train.py (default: the run trained last)")
     which = parser.add_mutually_exclusive_group()
-    which.add_argument("--index", type=int, nargs="+", metavar="I", help="test images, from 0, up to 64")
+    which.add_argument("--index", type=int, nargs="+", default=[], metavar="I", help="test images, from 0, up to 64")
     which.add_argument("--image", metavar="FILE", help="a picture file instead of test images")
     add("--compare", metavar="RUN", help="another run: draw also its map for the class that it predicts")
     add("--target", default="predicted", help="class to explain: predicted, true, or its name or number")
     add("--layer", help="a module, such as layer3 or layer4.0 (default: the last that has a map)")
     utils.add_common_flags(parser)
     args = parser.parse_args(argv)
-    args.index = list(dict.fromkeys(args.index or []))  # each once
     if len(args.index) > 64 or not set(args.index) <= set(range(10_000)):
         parser.error(f"--index {' '.join(map(str, args.index))} must be up to 64 images in 0..9999")
     if args.image is not None and args.target == "true":
@@ -456,8 +421,8 @@ def explain_file(run, other, target, path):
 
 def caption(dataset, index, name):
     """The words above a test image; name: its true class."""
-    upheld = votes(index) if dataset == "cifar100" else None
-    doubt = f"\nlabel doubtful: {upheld} of 5 agree" if upheld is not None and upheld < 3 else ""
+    doubtful = dataset == "cifar100" and DOUBTFUL[index]
+    doubt = f"\nlabel doubtful: {votes(index)} of 5 agree" if doubtful else ""
     return f"test image {index}\ntrue: {name}{doubt}"
 
 
@@ -479,25 +444,18 @@ def explain_test_images(run, other, target, test_set, index, shown, stem, what):
 def read_failures(run):
     """The rows of failures.csv as dicts, if they and the logits come from the best.pt that was loaded."""
     path, made_by = run.folder / "failures.csv", f"python failures.py {utils.quote(run.folder)}"
-    columns = {"index": int, "true": str, "representative": int, "checkpoint": str}
+    columns = {"index": lambda text: range(10_000).index(int(text)), "representative": int, "checkpoint": str}
     rows = utils.read_csv(path, made_by, "a list of failures", columns)
     known = {utils.checkpoint_id(run.folder), *(row["checkpoint"] for row in rows)}
     if known != {run.sha256}:
         raise ScriptError(f"{path} comes from another best.pt; run {made_by} again")
-    index = {row["index"] for row in rows} & set(range(10_000))
-    if len(index) < len(rows) or (rows and not any(row["representative"] for row in rows)):
-        raise ScriptError(f"{path} is not a list of failures; run {made_by} again")
     return rows
 
 
 def explain_failures(run, other, target, test_set, failures):
     """Maps, sanity checks and attention for the rows of failures.csv; returns the rows of gradcam.csv."""
-    images, labels = test_set
+    images, _ = test_set
     index = [row["index"] for row in failures]
-    if [run.names[label] for label in labels[index]] != [row["true"] for row in failures]:
-        run_dir = utils.quote(run.folder)
-        again = f"run python evaluate.py {run_dir}, then python failures.py {run_dir}"
-        raise ScriptError(f"{run.folder}/failures.csv does not fit this data set; {again}")
     shown = [row["index"] for row in failures if row["representative"]]
     rows = explain_test_images(run, other, target, test_set, index, shown, "gradcam", ": confident mistakes")
 
@@ -526,7 +484,7 @@ def main(argv=None):
     if args.image is not None:
         return explain_file(run, other, target, args.image)
     failures = [] if args.index else read_failures(run)
-    test_set = load_dataset(*utils.dataset_of(run.config, args), train=False) if args.index or failures else None
+    test_set = load_dataset(*utils.dataset_of(run.config, args), train=False)
     if args.index:
         return explain_test_images(run, other, target, test_set, args.index, args.index, "gradcam-index", "")
     rows = explain_failures(run, other, target, test_set, failures) if failures else []
