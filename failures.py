@@ -115,9 +115,10 @@ def draw(images, rows, title, other):
 
     images: (N, 32, 32, 3) uint8. other: the name of a run whose predictions are shown as well, or None.
     """
-    shown = max(SHOWN, sum(row["representative"] for row in rows))
-    rows = sorted(rows, key=lambda row: -row["representative"])[:shown]  # stable: each part by falling confidence
+    chosen = sum(row["representative"] for row in rows)
+    rows = sorted(rows, key=lambda row: -row["representative"])[: max(SHOWN, chosen)]  # each part by confidence
     across = min(ACROSS, len(rows))
+    rows = rows[: max(chosen, len(rows) - len(rows) % across)]  # full rows
     height = math.ceil(len(rows) / across)
     text = f"{title}\norange: representative, evenly spread over the ranks; black: the most confident others"
     text += f"\nother: what {other} predicts" if other else ""

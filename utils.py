@@ -209,12 +209,15 @@ def run_script(main):
 
 
 def write_file(path, content):
-    """Write bytes: a kill leaves the old file or the new one. An equal file is left alone; a link's target is written."""
+    """Write bytes: a kill leaves the old file or the new one. Returns whether the content is new.
+
+    An equal file is left alone, so scoring a published run again leaves a clone clean. A link's target is written.
+    """
     path = Path(os.path.realpath(path))
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         if path.is_file() and path.read_bytes() == content:
-            return
+            return False
         with open(partial, "wb") as file:
             file.write(content)
             file.flush()
@@ -224,6 +227,7 @@ def write_file(path, content):
                 if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS):
                     raise
         os.replace(partial, path)
+        return True
     except OSError as error:
         advice = "free some space or use another folder; the old file is intact"
         raise ScriptError(f"cannot write {path} ({error.strerror or error}); {advice}", code=1) from None
@@ -248,12 +252,12 @@ def write_json(path, content):
 
 
 def write_csv(path, rows, columns=None):
-    """A header and one line per dict; columns: the header, if rows may be empty."""
+    """A header and one line per dict; columns: the header, if rows may be empty. Returns whether it is new."""
     text = io.StringIO()
     writer = csv.DictWriter(text, columns or list(rows[0]), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rounded(rows))
-    write_file(path, text.getvalue().encode())
+    return write_file(path, text.getvalue().encode())
 
 
 def write_npy(path, array):
