@@ -9,8 +9,8 @@ The run directory runs/<name>, named after the flags off their defaults, gets
 config.json, log.csv (a row an epoch), curves.png, last.pt (all that --resume
 needs) and best.pt (the weights of the best validation epoch, for evaluate.py
 and gradcam.py). 10,000 of the 50,000 training images are held out for
-validation; the test set is not touched. On a CPU with as many threads, a
-resumed run is bit-identical to an undisturbed one; a GPU needs --deterministic.
+validation; the test set is not touched. A resumed run is bit-identical to an
+undisturbed one on a CPU with as many threads, on a GPU with --deterministic.
 """
 
 import ctypes
@@ -53,8 +53,8 @@ def lr_at(step, total_steps, warmup_steps, peak):
 def make_optimizer(model, lr, momentum, weight_decay, adamw=False):
     """SGD with Nesterov momentum, or AdamW, as one fused kernel where there is one.
 
-    The state begins with zeros, as torch's does in the first step, but fused SGD takes uninitialised memory if float16
-    overflows there. So restore() also knows which values there are, and their shapes.
+    The state begins with zeros: if float16 overflows in the first step, fused SGD would take uninitialised memory. So
+    restore() also knows the shapes.
     """
     parameters = list(model.parameters())
     fused = parameters[0].device.type in ("cpu", "cuda")  # also spares a wait for the GradScaler's check
@@ -85,8 +85,7 @@ def train_epoch(args, epoch, images, labels, net, optimizer, scaler, mixed_preci
     loss_sum, hits = torch.zeros((2,), device=images.device)  # summed there: .item() waits for the device
     net.train()
     for i in watched(args, epoch, steps, loss_sum):
-        for group in optimizer.param_groups:
-            group["lr"] = lr_at((epoch - 1) * steps + i, total_steps, warmup_steps, args.lr)
+        optimizer.param_groups[0]["lr"] = lr_at((epoch - 1) * steps + i, total_steps, warmup_steps, args.lr)
         batch = slice(i * args.batch_size, (i + 1) * args.batch_size)
         inputs = augment(images, order[batch], offsets[batch], flips[batch])  # (B, 3, 32, 32)
         targets = labels[order[batch]]  # (B,)
@@ -187,7 +186,7 @@ def configure(device, deterministic):
 
 
 def load_split(args, device):
-    """(images, labels) to train on, padded; (images, labels) held out; the split's checksum. All on the device."""
+    """(images, labels) to train on, padded, and (images, labels) held out, on the device; the split's checksum."""
     images, labels = load_dataset(args.dataset, args.data_dir, train=True, download=True, url=args.data_url)
     train_index, val_index = split_train_val(labels, args.val_size, args.seed)
     train_index = train_index[: args.limit]
@@ -274,7 +273,7 @@ def exclusive(run_dir):
         run_dir.mkdir(parents=True, exist_ok=True)
         file = open(run_dir / ".lock", "a")  # never emptied: it may be a link
     except OSError as error:
-        raise ScriptError(f"cannot write to {run_dir} ({error.strerror}); {ELSEWHERE}") from None
+        raise ScriptError(f"{run_dir}: {error.strerror}; {ELSEWHERE}") from None
     if not utils.lock(file):
         raise ScriptError(f"another process is training in {run_dir}; wait for it, or {ELSEWHERE}")
     return file
@@ -313,10 +312,7 @@ def write_log(run_dir, args, history, curves=True):
 
 
 def load_last(run_dir, args):
-    """The checkpoint to continue from; for a new run, one without epochs. Never overwrites a run, never mixes two.
-
-    A folder in which no epoch was saved counts as empty.
-    """
+    """The checkpoint to continue from, or one without epochs where none was saved. Never overwrites or mixes runs."""
     path = run_dir / "last.pt"
     saved = [name for name in ("last.pt", "best.pt", "log.csv") if (run_dir / name).exists()]
     if not saved:
@@ -353,10 +349,9 @@ def check_best(run_dir, checkpoint):
 
 
 def restore(checkpoint, path, setup, model, optimizer, scaler):
-    """Restore weights, optimizer and GradScaler from a last.pt. Settings such as momentum follow from the flags.
+    """Copy weights, optimizer and GradScaler from a last.pt into ours; settings such as momentum are the flags'.
 
-    Values are copied into our own, which have the shapes, dtypes and layouts that fused kernels trust; with others they
-    would write past the end.
+    Fused kernels trust the shapes, dtypes and layouts: with others they would write past the end.
     """
     utils.load_weights(model, checkpoint["model"], path)
     with utils.reading(path, "python train.py with another --output-dir", "a last.pt to continue from"):
@@ -407,8 +402,7 @@ def parse_args(argv):
     add("--val-size", type=int, default=10_000, help="training images held out, equally many of each class")
     add("--width", type=int, help=f"channels of the first stage; 16: several times faster (default: {STUDY['width']})")
     add("--limit", type=int, metavar="N", help="train on the first N training images only")
-    precisions = ("auto", "bf16", "fp16", "off")
-    add("--amp", choices=precisions, default="auto", help="mixed precision; auto: the fastest that is safe")
+    add("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto", help="mixed precision; auto: the fastest safe")
     add("--compile", action="store_true", help="torch.compile: starts later, and may be faster on a GPU")
     add("--deterministic", action="store_true", help="bit-identical runs on a GPU, somewhat slower")
     add("--mixup", type=float, default=0.0, metavar="ALPHA", help="MixUp, for instance 0.2; 0: off")
@@ -417,7 +411,7 @@ def parse_args(argv):
 
     where = parser.add_argument_group("where")
     add = where.add_argument
-    quick = "a first look: width 16, 10,000 images, 4 epochs, lr 0.1; synthetic if there is no CIFAR-100"
+    quick = "a first look: width 16, 10,000 images, 4 epochs, lr 0.1; synthetic without CIFAR-100"
     add("--quick", action="store_true", help=quick)
     add("--dataset", choices=("cifar100", "synthetic"), help="synthetic: a made-up stand-in (default: cifar100)")
     utils.add_common_flags(where)
@@ -440,7 +434,7 @@ def parse_args(argv):
     missing = find_cifar100(args.data_dir) is None
     if args.dataset is None:
         args.dataset = "synthetic" if args.quick and missing and not named else "cifar100"
-    if args.dataset == "cifar100" and missing and named and not args.data_url:
+    if args.dataset == "cifar100" and missing and (args.quick or (named and not args.data_url)):
         ways = "without --data-dir, --quick takes synthetic images, and train.py alone downloads it into data/"
         parser.error(f"no CIFAR-100 in --data-dir {args.data_dir}, nor up to two levels below; {ways}")
     name, args.command = names_of(args, defaults)
