@@ -217,7 +217,8 @@ def test_train_takes_the_data_that_are_there():
     ):  # fmt: skip
         with replaced(train, "find_cifar100", train.find_cifar100 if "--data-dir" in given else lambda folder: None):
             assert train.parse_args(given).dataset == dataset, given
-    for flags, folder in itertools.product(("", "--quick", "--quick --data-url http://x"), (empty, SCRATCH / "nowhere")):
+    flag_sets = "", "--quick", "--quick --data-url http://x"  # --quick never downloads
+    for flags, folder in itertools.product(flag_sets, (empty, SCRATCH / "nowhere")):
         refused(train.main, [*flags.split(), "--data-dir", folder], 2, f"no CIFAR-100 in --data-dir {folder}")
 
 
@@ -330,7 +331,7 @@ def change_last(run_dir, **changes):
 
 
 def test_train_resume_is_the_same_run_bit_for_bit():
-    """Killed before and after each file is moved into place, again and again, once on another device; then continued."""
+    """Killed before and after a file is moved into place, again and again, once on another device; then continued."""
     last_before, last_after, log_before = ("last.pt", "before"), ("last.pt", "after"), ("log.csv", "before")
     for kills, flags, words in (
         ([last_before, last_after, last_before], "", "best.pt is missing"),  # the first last.pt alone

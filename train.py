@@ -245,7 +245,7 @@ def draw_curves(name, args, history):
     title = f"Training {MODELS[args.model]} on {TITLES[args.dataset]}: {utils.plain(name)}"
     figure, panels = utils.new_figure(10, 4, 1, 2, title)
     parts = (
-        ("loss", 1, 4.7, "cross-entropy (nats)", ", smoothed" if args.smoothing else ""),  # guessing costs ln(100) = 4.61
+        ("loss", 1, 4.7, "cross-entropy (nats)", ", smoothed" if args.smoothing else ""),  # a guess: ln(100)
         ("acc", 100, 100, "accuracy (%)", ", dominant label" if args.mixup or args.cutmix else ""),
     )
     epochs, best = [row["epoch"] for row in history], best_of(history)["epoch"]
@@ -402,7 +402,7 @@ def parse_args(argv):
     add("--val-size", type=int, default=10_000, help="training images held out, equally many of each class")
     add("--width", type=int, help=f"channels of the first stage; 16: several times faster (default: {STUDY['width']})")
     add("--limit", type=int, metavar="N", help="train on the first N training images only")
-    add("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto", help="mixed precision; auto: the fastest safe")
+    add("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto", help="auto: the fastest that is safe")
     add("--compile", action="store_true", help="torch.compile: starts later, and may be faster on a GPU")
     add("--deterministic", action="store_true", help="bit-identical runs on a GPU, somewhat slower")
     add("--mixup", type=float, default=0.0, metavar="ALPHA", help="MixUp, for instance 0.2; 0: off")
