@@ -373,10 +373,12 @@ def open_run(text, writable=True):
 
 
 def short_names(folders):
-    """A name for each run directory: its own, or its path where two have the same."""
+    """A name for each run directory: its own, or where two have the same, its path below the folder they share."""
     paths = [Path(folder).resolve() for folder in folders]
     names = [path.name for path in paths]
-    return [plain(path.name if names.count(path.name) == 1 else os.path.relpath(path)) for path in paths]
+    if len(set(names)) < len(set(paths)):
+        names = [path.relative_to(os.path.commonpath(paths)).as_posix() for path in paths]
+    return [plain(name) for name in names]
 
 
 def recipe(config):
