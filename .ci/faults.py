@@ -10,11 +10,13 @@ import functools
 import hashlib
 import http.client
 import io
+import itertools
 import json
 import math
 import os
 import pickle
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -22,6 +24,7 @@ import subprocess
 import sys
 import tarfile
 import threading
+import time
 import unittest.mock
 import urllib.request
 import urllib.response
@@ -33,6 +36,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torchvision
+from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data  # noqa: E402
@@ -42,9 +46,331 @@ import gradcam  # noqa: E402
 import train  # noqa: E402
 import utils  # noqa: E402
 from model import resnet18  # noqa: E402
-from test_smoke import HERE, SCRATCH, TINY, Killed, chain, copy_of_run, json_of, new_folder, not_on_windows  # noqa: E402
-from test_smoke import quietly, raised, raises, read_csv, refused, replaced, run, run_from, script, without_drawing  # noqa: E402
+from test_smoke import HERE, SCRATCH, TINY, Killed, chain, change_last, command, copy_of_run, explain  # noqa: E402
+from test_smoke import fails_at, find, json_of, logits_of, new_folder, not_on_windows, quietly, raised  # noqa: E402
+from test_smoke import raises, random_case, read_csv, refused, replaced, run, run_from, run_of, same_run  # noqa: E402
+from test_smoke import script, trained, undisturbed, without_drawing, wrong_images  # noqa: E402
 from utils import ScriptError  # noqa: E402
+
+
+# ---- train -----------------------------------------------------------------------------------------------------------
+
+
+def test_train_takes_the_data_that_are_there():
+    """A folder that was named is taken or refused, never left for another; without one, --quick is synthetic."""
+    below, empty = new_folder("below/some/cifar-100-python"), new_folder("empty")
+    for name in ("train", "test", "meta"):
+        (below / name).touch()
+    named, elsewhere = ["--data-dir", below.parent.parent], ["--data-dir", empty]
+    for given, dataset in (
+        (["--quick"], "synthetic"), ([], "cifar100"), ([*named, "--quick"], "cifar100"), (named, "cifar100"),
+        ([*named, "--dataset", "synthetic"], "synthetic"), ([*elsewhere, "--data-url", "http://x"], "cifar100"),
+    ):  # fmt: skip
+        with replaced(train, "find_cifar100", train.find_cifar100 if "--data-dir" in given else lambda folder: None):
+            assert train.parse_args(given).dataset == dataset, given
+    flag_sets = "", "--quick", "--quick --data-url http://x"  # --quick never downloads
+    for flags, folder in itertools.product(flag_sets, (empty, SCRATCH / "nowhere")):
+        refused(train.main, [*flags.split(), "--data-dir", folder], 2, f"no CIFAR-100 in --data-dir {folder}")
+
+
+def test_train_precision():
+    cpu, gpu = torch.device("cpu"), torch.device("cuda:0")
+    assert utils.select_precision("off", cpu)[0] is None
+    refused(functools.partial(utils.select_precision, "fp16"), cpu, 2, "--amp fp16")
+    refused(functools.partial(utils.select_precision, "bf16"), torch.device("mps"), 2, "--amp bf16")
+    for name, capability, dtype in (
+        ("Tesla T4", (7, 5), torch.float16), ("Tesla P100", (6, 0), None), ("NVIDIA A100", (8, 0), torch.bfloat16),
+        ("GeForce GTX 1660 Ti", (7, 5), None), ("NVIDIA T1000", (7, 5), None), ("GeForce MX450", (7, 5), None),  # NaN
+    ):  # fmt: skip
+        known = replaced(torch.cuda, "get_device_capability", lambda device: capability)
+        with known, replaced(utils, "device_name", lambda device: name):
+            assert utils.select_precision("auto", gpu)[0] is dtype, name
+            if capability < (8, 0):  # would emulate bfloat16
+                refused(functools.partial(utils.select_precision, "bf16"), gpu, 2, name, "fp16")
+
+
+def test_train_resume_refuses_what_is_not_its_own():
+    """A last.pt or flags of another run, and values that a fused optimizer would read and write past their end."""
+    with fails_at("log.csv", "after", KeyboardInterrupt):
+        refused(train.main, command("mine"), 130, "stopped; add --resume")
+    run_dir, again = SCRATCH / "mine", command("mine", "--resume")
+    config, last, best = (run_dir / name for name in ("config.json", "last.pt", "best.pt"))
+    good, before, checkpoint = last.read_bytes(), config.read_bytes(), utils.load_checkpoint(last)
+    states = checkpoint["optimizer"]["state"]
+    momentum = states[0]["momentum_buffer"]
+    for value in (torch.ones(1), momentum.double(), momentum.to_sparse(), momentum.to("meta"), "x"):
+        change_last(run_dir, optimizer={"state": {**states, 0: {"momentum_buffer": value}}})
+        refused(train.main, again, 2, "last.pt to continue from")
+    last.write_bytes(good)
+    for change in ("--lr 0.2", "--seed 1", "--epochs 4", "--cutmix 1", "--amp off"):
+        refused(train.main, [*again, *change.split()], 2, f"was started with {change.split()[0]}", change.split()[1])
+    refused(train.main, command("mine"), 2, "--resume", "already holds a run")
+    change_last(run_dir, split=1)
+    refused(train.main, again, 2, "NumPy splits images")
+    shutil.copy(best, last)
+    refused(train.main, again, 2, "weights only")
+    last.unlink()
+    refused(train.main, again, 2, "no last.pt")
+    last.write_bytes(good)
+    assert config.read_bytes() == before  # no refusal has changed anything
+    shutil.copy(undisturbed() / "best.pt", best)  # of epoch 3; last.pt's own epoch is the best so far
+    change_last(run_dir, setup=checkpoint["setup"] | {"torch": "2.0", "numpy": "1"})
+    _, printed = trained("mine", "--resume")
+    assert printed.count("warning") == 1, printed
+    for words in ("written again", "after epoch 1", "torch was 2.0", "not be bit-identical"):
+        assert words in printed, printed
+    assert same_run(run_dir, undisturbed()) and "already finished after epoch 3" in trained("mine", "--resume")[1]
+
+
+def test_train_failures_are_one_line_and_save_nothing():
+    """Divergence, at once or after the last loss; a full disk. The folder stays as good as empty."""
+    argv, huge = command("failed"), ["--lr", "1e30"]
+    for flags in ("--momentum 0.99", "--limit 100 --warmup-epochs 0"):  # one step: its weights blow up after its loss
+        refused(train.main, [*argv, *huge, *flags.split()], 1, "diverged", "in epoch 1", "--lr", "--amp off")
+    with fails_at("last.pt", "before", OSError(28, "No space left on device")):
+        refused(train.main, argv, 1, "last.pt", "No space left")
+    assert "nothing to resume yet" in trained("failed", "--epochs", "1", "--warmup-epochs", "0", "--resume")[1]
+
+
+def test_train_goes_on_within_79_columns_when_nothing_but_checkpoints_can_be_written():
+    """log.csv held by Excel or a scanner, no pictures, a clock that stands still, a link for a lock, an odd name."""
+    row = {"epoch": 1, "lr": 0.00929, "train_loss": 4.6051, "train_acc": 1.0, "val_loss": 12.34567, "val_acc": 1.0}
+    line = train.epoch_line(row | {"seconds": 4567.8, "images_per_second": 123456.7}, row | {"epoch": 100}, 100)
+    assert max(map(len, [line, *train.HEADER.splitlines()])) <= 79 and line.endswith("  125 h 36 min"), line
+    precious, denied = SCRATCH / "precious", unittest.mock.Mock(side_effect=PermissionError(13, "Permission denied"))
+    precious.write_text("kept")
+    os.link(precious, new_folder("busy\x7f") / ".lock")
+    with (
+        replaced(utils, "device_name", lambda device: "NVIDIA GeForce RTX 4070 Laptop GPU"),
+        fails_at("log.csv", "before", PermissionError(13, "Permission denied")), replaced(Path, "unlink", denied),
+        replaced(time, "monotonic", lambda: 7.0), replaced(utils, "new_figure", denied),
+    ):  # fmt: skip
+        run_dir, printed = trained("busy\x7f")
+    lines = printed.replace(str(run_dir)[:-1], "runs/smoothing0.1").splitlines()
+    warnings = [text for text in lines if "warning: " in text]
+    assert len(warnings) == 5 and max(len(text) for text in lines if text not in warnings) <= 79, printed
+    assert "SYNTHETIC" in lines[0] and "\x7f" not in printed and precious.read_text() == "kept", printed
+    assert "wrote config.json, last.pt, best.pt to" in printed, printed
+    config = json.loads((run_dir / "config.json").read_text())
+    assert config["finished"] and Path(config["args"]["data_dir"]).is_absolute()
+
+
+@not_on_windows
+def test_train_sigterm_and_a_second_process():
+    """One line, how to go on, 143; what was saved is whole. Meanwhile nobody else may train there."""
+    argv = command("terminated", "--epochs", "2000", "--patience", "0")
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen([sys.executable, "train.py", *argv], cwd=HERE, **pipes)
+    next(line for line in process.stdout if "1/2000" in line)  # the row of the first epoch
+    refused(train.main, [*argv, "--resume"], 2, "another process is training")
+    process.terminate()
+    stderr = process.communicate(timeout=60)[1]
+    assert process.returncode == 143 and stderr.count("\n") == 1 and "stopped; add --resume" in stderr, stderr
+    utils.load_checkpoint(SCRATCH / "terminated/last.pt")
+
+
+def test_train_bad_arguments():
+    """Refused with the flag named."""
+    for flags, values in (
+        ("--batch-size --epochs --val-size --limit --width", "0 -8 1.5 1e3 abc"), ("--batch-size", "1 200"),
+        ("--val-size", "150 50000"), ("--limit", "1 40001"), ("--lr --momentum", "0 -1 nan inf"),
+        ("--smoothing --momentum", "1 -0.1 nan inf 0,1"), ("--warmup-epochs", "40"), ("--seed --patience", "-1 x"),
+        ("--weight-decay --mixup --cutmix --warmup-epochs", "-1 nan inf"), ("--seed", "18446744073709551616"),
+        ("--model --dataset --device", "resnet34 cuda:77"), ("--output-dir --data-dir", "~nosuchuser/x"),
+    ):  # fmt: skip
+        for flag, value in itertools.product(flags.split(), values.split()):
+            refused(train.main, ["--limit", "150", f"{flag}={value}"], 2, flag)
+    with unittest.mock.patch.dict(os.environ, WORLD_SIZE="2"):  # under torchrun
+        refused(train.main, [], 2, "a run is one process", "once per GPU")
+    for flags in ("--nonsense", "--smooth 0.1", "--lr", "--amp fp16 --device cpu"):
+        refused(train.main, flags.split(), 2, flags.split()[0])
+    refused(train.main, ["--output-dir", __file__], 2, "--output-dir")
+
+
+# ---- evaluate, failures, gradcam -------------------------------------------------------------------------------------
+
+
+def test_corrupt_and_attack_refuse_other_images_and_arguments():
+    images, labels = torch.arange(2 * 3072).byte().reshape(2, 32, 32, 3), torch.tensor([3, 4])
+    array, attack = images.numpy(), functools.partial(data.attack, None)
+    for given, expected in ((images, images), (array[::-1], images.flip(0)), (array[1], images[1:])):
+        assert torch.equal(data.as_pixels(given), expected)
+    calls = [(data.corrupt, images, *wrong) for wrong in (("snow", 1), ("fog", "3"), ("fog", 0), ("fog", 6))]
+    calls += [(attack, images, labels, *wrong) for wrong in ((-1,), (math.nan,), (1, 0))]
+    for x in (images / 255, array / 255, array.astype(int), images.char(), images.mT, images[None], images[0, 0], None):
+        calls += [(data.corrupt, x, "fog", 1), (attack, x, labels, 1)]
+    for function, *arguments in calls:
+        with raises(ValueError, msg=arguments):
+            function(*arguments)
+
+
+def test_chain_evaluate_leaves_out_what_cannot_be_compared():
+    """Empty folders, other labels, the same seed again, an unfinished run, a folder of runs: each with a word."""
+    first, empty = copy_of_run("the first", "*.pt", "*.png"), new_folder("empty run")
+    utils.write_json(empty / "config.json", json_of(first / "config.json"))
+    refused(evaluate.main, [empty], 2, "python train.py")
+    copies = [copy_of_run(name, "*.pt", "*.png") for name in ("its twin", "other labels", "unfinished")]
+    for folder, change in zip(copies, ({}, {"seed": 43}, {"seed": 44})):
+        config = json_of(folder / "config.json")
+        config |= {"args": config["args"] | change, "finished": change != {"seed": 44}}
+        utils.write_json(folder / "config.json", config)
+    utils.write_npy(copies[1] / "test_labels.npy", (np.load(copies[1] / "test_labels.npy") + 1) % 100)
+    utils.write_json(copies[1] / "metrics.json", {"sha256": {}})
+    _, printed = without_drawing(evaluate.main, first, empty, *copies)
+    for words in ("empty run has no saved epoch", "other labels was scored on other images", "its twin repeats the seed",
+                  "unfinished stopped after epoch 3 of 3 (continue it with --resume)"):  # fmt: skip
+        assert words in printed, printed
+    assert "mean of" not in printed
+    assert {claim["recipe"] for claim in json_of(first / "verdict.json")["claims"]} == {"the first"}
+    holder = shutil.copytree(first, SCRATCH / "several/one").parent
+    shutil.copytree(first, holder / "two/one")
+    refused(evaluate.main, [holder], 2, "holds some", "several/one")
+    _, printed = without_drawing(evaluate.main, holder / "one", holder / "two/one")
+    assert "several/one" in printed and "two/one" in printed  # names that tell them apart
+    shutil.copytree(chain()[0][0], SCRATCH / "with/runs/last")
+    assert script(HERE / "evaluate.py", cwd=SCRATCH / "with").stdout.startswith("runs/last, which was trained last\n")
+
+
+def test_chain_evaluate_files_scores_under_the_network_that_made_them():
+    """Another best.pt moved in while logits are computed, or copied in from another run, is noticed."""
+    run_dir, other = copy_of_run("moved", "*.npy", "*.png"), chain()[0][1] / "best.pt"
+    (run_dir / "metrics.json").unlink()
+    own, predict = utils.sha256(run_dir / "best.pt"), utils.predict
+
+    def meddle(model, batches):
+        shutil.copy(other, run_dir / "best.pt")
+        return predict(model, batches)
+
+    with replaced(utils, "predict", meddle):
+        without_drawing(evaluate.main, run_dir, "--device", "cpu")
+    assert json_of(run_dir / "metrics.json")["sha256"]["best.pt"] == own
+    for module in (failures, evaluate):
+        refused(module.main, [run_dir, *["--device", "cpu"] * (module is evaluate)], 2, "best.pt")
+    refused(evaluate.main, [run_dir, "--device", "cpu"], 2, "belongs to another run", "config.json says")
+
+
+def test_verdict_reads_attention_of_this_checkpoint_only():
+    logits, labels = random_case(10_000, spread=9.0)
+    run = run_of(3 * logits, (labels + (np.arange(10_000) < 30)) % 100)  # 30 confident failures at least
+    run.folder = run_from("attention")
+    claim = next(claim for claim in evaluate.ABOUT_ONE if "border" in claim.text)
+    failed, rows = np.flatnonzero(run.raw.failures), []
+    matched = np.flatnonzero(run.raw.sure_hits)[: len(failed)]
+    for group, index, period in (("failure", failed, 1), ("matched", matched, 3)):
+        for pair, i in enumerate(index):  # every failure loses more at the border, every third match does
+            row = {"pair": pair, "group": group, "index": i, "border_drop": 0.5 if pair % period == 0 else 0.1}
+            rows.append(row | {"centre_drop": 0.3, "checkpoint": "checkpoint of attention"})
+    other = [row | {"checkpoint": "abd"} for row in rows]
+    strange = [row | {"index": 10_000} for row in rows]
+    for content, word in ((other, "another best.pt"), (strange, "no such test image")):
+        utils.write_csv(run.folder / "attention.csv", content)
+        row, printed = quietly(evaluate.judge, claim, [run])
+        del run.attention  # it is read once
+        assert word in printed and "left out" in printed and "gradcam.py" in row["note"]
+    utils.write_csv(run.folder / "attention.csv", rows[:-1])
+    share = np.mean(np.arange(len(failed) - 1) % 3 == 0)
+    row = evaluate.judge(claim, [run])
+    assert math.isclose(row["figure"], 1 - share)
+    assert row["note"] == f"{len(failed)} of {len(failed)} failures measured"
+    more = evaluate.judge(claim, [run, run_of(logits, labels, seed=43, name="unmeasured")])  # one is enough for a figure
+    assert more["figure"] == row["figure"] and more["note"] == f"{row['note']}; of 1 of the 2 runs"
+
+
+def test_chain_pictures_are_drawn_when_they_are_due():
+    """If missing, or if the scores have changed; a failure to draw hides no number."""
+    run_dir = copy_of_run("drawn", "*.pt")
+    drawn = lambda: [call.args[0].name for call in save.call_args_list]  # noqa: E731
+    (run_dir / "confusion.png").unlink()
+    with replaced(utils, "save_figure") as save:
+        quietly(evaluate.main, [run_dir])
+    assert "confusion.png" in drawn() and "reliability.png" not in drawn()
+    metrics = json_of(run_dir / "metrics.json")
+    utils.write_json(run_dir / "metrics.json", metrics | {"accuracy": 0.5})
+    with replaced(utils, "save_figure") as save:
+        quietly(evaluate.main, [run_dir])
+    assert {"confusion.png", "per_class.png", "reliability.png"} <= set(drawn())
+    with replaced(evaluate, "draw_confusion", side_effect=RuntimeError("Failed to process string with tex")):
+        _, printed = quietly(evaluate.main, [run_dir])
+    assert "warning: no confusion.png: Failed to process string with tex" in printed and "accuracy [95 %]" in printed
+
+
+def test_failures_nothing_to_show_is_no_error():
+    run, other = run_from("sure/one"), run_from("sure/two words", seed=43)
+    (run / "failures.png").write_text("of another threshold")
+    typed = [str(run), "--threshold", "0.995", "--compare", str(other), "--data-dir", str(SCRATCH)]
+    rows, printed = find(*typed)
+    assert rows == [] and "nothing to show" in printed and not (run / "failures.png").exists()
+    assert utils.read_csv(run / "failures.csv", "", "", dict.fromkeys(failures.COLUMNS, str)) == []
+    command = shlex.split(printed.split("next: python failures.py ")[1])
+    assert command == [*typed, "--threshold", "0.89"] and len(find(*command)[0]) == 10  # it works
+    labels, _, confidence = wrong_images()
+    assert "next" not in find(run_from("sure/all", logits_of(labels, confidence)))[1]  # no mistake at all
+
+
+def test_failures_refuses():
+    """A refusal changes nothing. Without the images the list is written, and no older picture stays."""
+    run, rolled = run_from("refusing/one"), run_from("refusing/rolled", labels=np.roll(wrong_images()[0], 1))
+    readonly = replaced(os, "access", lambda path, mode: Path(path) != rolled)  # as in /kaggle/input
+    for argv, word in (
+        ([run, "--top", "0"], "--top 0"), ([run, "--threshold", "nan"], "nan"),
+        ([run, "--compare", run], "different runs"), ([run, "--compare", rolled], "other images"),
+        ([rolled], "cannot be written to"),
+    ):  # fmt: skip
+        with readonly:
+            refused(failures.main, argv, 2, word)
+    assert not (run / "failures.csv").exists()
+    (run / "failures.png").write_text("older")
+    with replaced(failures, "load_dataset", side_effect=ScriptError("no network", code=1)):
+        refused(failures.main, [run], 1, "no network")
+    assert len(read_csv(run / "failures.csv")) == 9 and not (run / "failures.png").exists()
+
+
+def test_gradcam_reads_any_image():
+    """Upright, on white, the central square, 16 bits scaled; all else is one line, and starts no other program."""
+    files, exif = new_folder("images/folder.png").parent, Image.Exif()
+    rgb = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 60, 3), dtype=np.uint8))
+    exact, exif[0x0112] = rgb.crop((14, 0, 46, 32)), 6
+    scaled = np.arange(32 * 32).reshape(32, 32, 1).repeat(3, 2) // 4  # 0 to 255
+    deep = Image.fromarray((1000 + 200 * scaled[..., 0]).astype(np.uint16))  # not clipped
+    for name, image, options, expected in (
+        ("square.png", rgb, {}, exact), ("deep.png", deep, {}, scaled),
+        ("turned.png", exact, {"exif": exif}, exact.transpose(Image.Transpose.ROTATE_270)),
+        ("broken.png", exact, {"exif": b"Exif\0\0junk junk"}, exact),
+        ("clear.png", Image.new("RGBA", (32, 32), (255, 0, 0, 0)), {}, 255),
+    ):  # fmt: skip
+        image.save(files / name, **options)
+        found = gradcam.read_image(files / name)
+        assert found.shape == (32, 32, 3) and found.dtype == np.uint8 and (found == np.asarray(expected)).all(), name
+    postscript, flipped = io.BytesIO(), bytearray((files / "square.png").read_bytes())
+    rgb.save(postscript, "EPS")
+    flipped[len(flipped) // 2] ^= 4  # in the pixels, where no EXIF block may be the excuse
+    (files / "photo.png").write_bytes(postscript.getvalue())
+    (files / "flipped.png").write_bytes(flipped)
+    with replaced(subprocess, "check_call") as check_call, replaced(subprocess, "Popen") as popen:  # of Ghostscript
+        for name in ("photo.png", "flipped.png", "folder.png", "missing.png"):
+            refused(gradcam.read_image, files / name, 2, name, "--image")
+    assert not check_call.called and not popen.called
+
+
+def test_chain_gradcam_without_failures_and_with_bad_ones():
+    run_dir = copy_of_run("failing", "*.png", "gradcam.*", "last.pt")
+    path, again = run_dir / "failures.csv", f"python failures.py {utils.quote(run_dir)}"
+    header, first, *_ = text = path.read_text().splitlines()
+    path.write_text("\ufeff" + "\n".join(text), encoding="utf-8")  # saved by a spreadsheet
+    assert len(explain(run_dir)[0]) == len(text) - 1
+    path.write_text(header + "\n")
+    rows, printed = explain(run_dir, "--data-dir", SCRATCH)
+    assert rows == [] and "is empty" in printed
+    assert f"next: python evaluate.py {utils.quote(run_dir)} --data-dir {utils.quote(SCRATCH)}\n" in printed
+    index, *_, digest = first.split(",")
+    for row, word in (
+        ("hello", "a list of failures"), (first.replace(index, "10000", 1), "a list of failures"),
+        (first.replace(digest, "0" * 64), "another best.pt"),
+    ):  # fmt: skip
+        path.write_text(f"{header}\n{row}\n")
+        refused(gradcam.main, [run_dir], 2, "failures.csv", word, again)
+    path.unlink()
+    refused(gradcam.main, [run_dir], 2, "failures.csv", again)
 
 
 # ---- bad data and downloads --------------------------------------------------------------------------------
