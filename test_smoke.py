@@ -1354,6 +1354,8 @@ from gradcam import grad_cam, predict_image
 from utils import load_model, macro_scores, confusion_matrix, calibration_error
 import train, evaluate, failures, gradcam, torch, utils
 assert set(os.listdir()) == before and "matplotlib" not in sys.modules and random.getstate() == state
+names = "model data train evaluate failures gradcam utils".split()  # after %run train.py they are still modules
+assert not any(callable(vars(module).get(name)) for module in (train, evaluate, failures, gradcam) for name in names)
 figure, axes = utils.new_figure(3, 3)
 utils.save_figure("figure.png", lambda: figure)
 print(os.path.getsize("figure.png") > 5000)
