@@ -431,8 +431,8 @@ def jpeg_compression(x, rngs, quality):
     return np.stack([Image.open(file) for file in files]) / 255.0
 
 
-# With the strengths at severity 1, 2, 3, 4, 5. Add new ones last: the place belongs to the seed. evaluate.py then leaves
-# out older stress results, which lack their conditions.
+# With the strengths at severity 1, 2, 3, 4, 5. Add new ones last: the place belongs to the seed. evaluate.py then
+# leaves out older stress results, which lack their conditions.
 OPERATIONS = (
     (gaussian_noise, 0.04, 0.06, 0.08, 0.09, 0.10),  # standard deviation; white is 1
     (shot_noise, 500, 250, 100, 75, 50),  # photons of a white pixel

@@ -96,7 +96,7 @@ COMPARISONS = [  # changed minus baseline
     Claim("accuracy stays within 1 point", "within", each(lambda run: run.raw.correct),
           "does not change total accuracy significantly", "test accuracy"),
     Claim("fewer confident errors (> 0.90)", "below", each(lambda run: run.raw.failures),
-          "decreases extreme confidence on incorrect predictions", "share of wrong images with confidence above 0.90",
+          "decreases extreme confidence on incorrect predictions", "share of images, wrong with confidence above 0.90",
           remark=lambda runs, base: highest_target(runs, base)),
     Claim("fewer errors in the surest half", "below", each(lambda run: surest_half(run)),
           "", "error rate of the half of the images that a run is most confident of"),
@@ -109,7 +109,8 @@ COMPARISONS = [  # changed minus baseline
           "calibration has been improved", "distance of mean confidence from accuracy",
           remark=lambda runs, base: scaled_gaps(runs, base)),
     Claim("less accuracy lost to corruption", "above", lambda runs, base: corruption_effect(runs, base),
-          "slight boost to robustness", "accuracy under 12 x 5 corruptions minus clean accuracy", needs="stress"),
+          "slight boost to robustness", "accuracy under 12 x 5 corruptions minus clean accuracy", needs="stress",
+          remark=lambda runs, base: corrupted_accuracy(runs, base)),
 ]  # fmt: skip
 ABOUT_ONE = [  # for the baseline and for the changed recipe, side by side
     Claim("validation accuracy falls again", "below", each(lambda run: late_change(run, "val_acc")),
@@ -126,7 +127,7 @@ ABOUT_ONE = [  # for the baseline and for the changed recipe, side by side
           remark=lambda runs, base: f"by chance {100 * np.mean([chance_inside(run.confusion) for run in runs]):.1f} %"),
     Claim("small animals are below average", "below",
           each(lambda run: contrast(run.raw.correct, SMALL[run.labels], ~SMALL[run.labels])),
-          "small animals are among the lowest performing", "accuracy of 15 classes minus that of the others",
+          "small animals are among the lowest performing", "accuracy of 15 small animals minus that of all others",
           needs="official", remark=lambda runs, base: worst_animals(runs)),
     Claim("failures rely more on the border", "above", each(lambda run: contrast(*run.attention)),
           "attention is often focused on the background",
@@ -510,6 +511,11 @@ def scaled_gaps(runs, baselines):
     return f"after temperature scaling, confidence - accuracy is {before:+.1f} and {after:+.1f} points"
 
 
+def corrupted_accuracy(runs, baselines):
+    hits = [[run.stress.correct[KINDS == "corruption"].mean() for run in arm] for arm in (baselines, runs)]
+    return "corrupted accuracy is {:.1f} and {:.1f} %".format(*(100 * np.mean(part) for part in hits))
+
+
 def worst_animals(runs):
     worst = [np.argsort(np.diag(run.confusion), kind="stable")[:10] for run in runs]  # equally many images a class
     return f"{SMALL[worst].sum(1).mean():.1f} of the ten worst classes, by chance {len(SMALL_ANIMALS) / 10:g}"
@@ -628,10 +634,10 @@ FAILURES = {
                              "bound, since people looked only where a network disagreed (arXiv:2103.14749)"),
 }  # fmt: skip
 STRESS = {
-    "clean": ("clean", "accuracy without corruption"),
+    "clean": ("clean", "accuracy on these images without corruption"),
     "confidence": ("clean_confidence", "mean confidence there"),
     "corrupted": ("corrupted", "accuracy under 12 corruptions in 5 severities, then by their kind"),
-    "its confidence": ("corrupted_confidence", "mean confidence under corruption"),
+    "conf. corr.": ("corrupted_confidence", "mean confidence under corruption"),
     **{group: (group, ", ".join(names).replace("_", " ")) for group, names in GROUPS.items()},
     "PGD": ("pgd", "accuracy under an attack that changes pixels by up to 1/255, in 10 steps"),
 }
@@ -639,9 +645,9 @@ TRUST = {
     "ECE": CALIBRATION["ECE"],
     "answers": ("answers", "share of images above the confidence at which 95 of 100 validation answers are right"),
     "right": ("answers_accuracy", "accuracy of these answers"),
-    "sets hold": ("set_coverage", "share whose true class is among all classes above a probability, set for 90 %"),
-    "classes": ("set_size", "how many that are, on average"),
-    "worst class": ("set_worst_class", "share in the worst class, since the promise is only on average"),
+    "sets hold": ("set_coverage", "how often the true class is in the set of likely classes; the aim is 90 %"),
+    "set size": ("set_size", "classes in such a set, on average"),
+    "worst class": ("set_worst_class", "how often in the worst class, since the promise is only on average"),
 }
 BRIEF = {name: (CLASSIFICATION | CALIBRATION)[name] for name in ("no dup.", "F1", "top-5", "conf.err", "ECE", "T")}
 DECIMALS = {"nll": 3, "brier": 3, "temperature": 3, "nll_scaled": 3, "set_size": 2, "failures": 0, "doubtful": 0}
@@ -961,6 +967,14 @@ class Study:
         notes = [f"; {row['note']}" if row["note"] else "" for row in rows]
         return [f"{figure_cell(claim, row)} (**{row['word']}**{note})" for row, note in zip(rows, notes)]
 
+    def levels(self, claim):
+        """Of a comparison: the mean of each recipe, before and after the change."""
+        if claim in ABOUT_ONE:
+            return []
+        [values] = [row["runs"] for other, row in self.rows if other is claim]
+        means = [[values[run.name] for run in arm if run.name in values] for arm in self.arms]
+        return [cell(np.mean(part)) if part else "-" for part in means]
+
     def command(self, script, *runs):
         """A command as typed in the folder of the scripts. What follows the first run is compared with it."""
         places = [run.folder.resolve() for run in runs]
@@ -985,14 +999,29 @@ def markdown(header, rows):
 def setup_table(study):
     rows = []
     for run in study.runs:
-        epochs, config = ["-"] * 3, run.config
+        epochs, config = ["-"] * 4, run.config
         if run.log:
             curve, hours = run.log["val_acc"], run.log["seconds"].sum() / 3600
-            epochs = [f"{curve.argmax() + 1} of {len(curve)}", cell(curve.max()), f"{hours:.1f}"]
-        machine = "{}, {}, {} threads, torch {}".format(*map(config.get, ("device", "precision", "threads", "torch")))
+            last = f"{cell(run.log['train_acc'][-1])} / {cell(curve[-1])}"
+            epochs = [f"{curve.argmax() + 1} of {len(curve)}", cell(curve.max()), last, f"{hours:.1f}"]
+        machine = "{}, {}, threads: {}, torch {}".format(*map(config.get, ("device", "precision", "threads", "torch")))
         row = [run.name, f"`{config.get('command', '-')}`", run.seed, *epochs, machine]
         rows.append([utils.plain(text) for text in row])
-    return markdown(["run", "command", "seed", "best epoch", "validation accuracy (%)", "hours", "machine"], rows)
+    header = ["run", "command", "seed", "best epoch", "its validation accuracy (%)"]
+    return markdown([*header, "last epoch: training / validation (%)", "hours", "machine"], rows)
+
+
+def settings(study):
+    """What train.py did, in words."""
+    args = utils.recipe(study.first.config)
+    optimizer = "AdamW" if args["model"] == "cct" else "SGD with Nesterov momentum"
+    return (
+        f"Each run: {study.first.config.get('parameters', 0):,} parameters, trained from scratch on random crops and "
+        f"flips of {study.first.config.get('train_images', 0):,} images by {optimizer} {args.get('momentum')}, weight "
+        f"decay {args.get('weight_decay')}, batch {args.get('batch_size')}; learning rate up to {args.get('lr')} in "
+        f"{args.get('warmup_epochs', 0):g} epochs, then down along a cosine. The weights of the epoch with the best "
+        f"accuracy on {args.get('val_size', 0):,} other training images are kept; test images were not used."
+    )
 
 
 def findings(study, text):
@@ -1011,6 +1040,9 @@ def fates(study, made_by):
     if not listed:
         return [f"*Missing: failures.csv of {first.name}. To make it:* `{made_by}`"]
     index = [row["index"] for row in listed]
+    columns = {"index": int, "group": str, "checkpoint": str, "border_drop": float, "centre_drop": float}
+    measured = first.table("attention.csv", "python gradcam.py", columns)
+    lost = {row["index"]: f"{round(100 * row['border_drop'])} / {round(100 * row['centre_drop'])}" for row in measured}
     for run in study.runs:
         same = (run.raw.pred == first.raw.pred)[index].sum()
         repaired = run.raw.correct[index].sum()
@@ -1021,18 +1053,20 @@ def fates(study, made_by):
     for i in [row["index"] for row in listed if row["representative"]]:
         people = "-" if votes(i) is None or not first.official else f"{votes(i)} of 5"
         preds = [f"{run.class_names[run.raw.pred[i]]} {100 * run.raw.confidence[i]:.0f} %" for run in study.runs]
-        examples.append([i, first.class_names[first.labels[i]], people, *preds])
-    header = ["run", "", "repaired", "same wrong class", "another wrong class", "mean confidence (%)"]
+        examples.append([i, first.class_names[first.labels[i]], people, *preds, lost.get(i, "-")])
+    counted = ["run", "", "repaired", "same wrong class", "another wrong class", "mean confidence (%)"]
+    header = ["test image", "label", "people who agree (-: not asked)", *(run.name for run in study.runs)]
+    header.append(f"{first.name}: points lost without border / centre")
     compared = [
         f"What the runs predict on the mistakes of {first.name} that its failures.csv lists:",
-        markdown(header, outcomes),
+        markdown(counted, outcomes),
         "Mistakes that were picked for their confidence in one run look better in any other run. The control shows by "
         "how much. Only what goes beyond it is an effect of the change.",
     ]
     return [
         *(compared if len(study.runs) > 1 else []),
         "Examples, evenly spread over the ranks of confidence, at most one per pair of classes:",
-        markdown(["test image", "label", "people who uphold it", *(run.name for run in study.runs)], examples),
+        markdown(header, examples),
         study.picture(first, "failures.png", made_by),
     ]
 
@@ -1041,8 +1075,15 @@ def verdict_table(study, claims, columns):
     rows = []
     for claim in claims:
         said = f"\"{claim.study}\"" if claim.study else ""
-        rows.append([said, claim.text, claim.meaning, *study.results(claim)])
+        rows.append([said, claim.text, claim.meaning, *study.levels(claim), *study.results(claim)])
     return markdown(["the study says", "tested as", "the figure is", *columns], rows)
+
+
+def answers(study):
+    """How many answers each recipe can give."""
+    shares = [np.mean([run.trust["answers"] for run in arm]) for arm in study.arms]
+    found = [f"{name} {100 * share:.0f} %" for name, share in zip(study.recipes, shares) if math.isfinite(share)]
+    return f"Share of the images that may be answered so: {', '.join(found)}." if found else ""
 
 
 def superclass_table(study):
@@ -1097,6 +1138,8 @@ def report(study):
     if study.folder.resolve().is_relative_to(HERE / "results"):
         commands = commands.replace(" results/", " runs/")  # where train.py writes what was published there
 
+    count = f"{first.stress.correct.shape[1]:,} " if first.stress else ""
+
     scores, published = score_lines(arms), []
     if not synthetic and any(STUDY.items() <= utils.recipe(arm[0].config).items() for arm in arms):
         published = [("the study (smoothing 0.1)", PUBLISHED, "")]
@@ -1111,11 +1154,15 @@ def report(study):
         f"# {network} on {TITLES[study.dataset]}: {' and '.join(study.recipes)}",
         f"## 1. Setup{synthetic}",
         f"**{study.heading}.**",
+        settings(study),
         setup_table(study),
+        "The study is \"Stress-testing of convolutional neural networks on CIFAR-100\", "
+        "https://github.com/gautamkushwaha/DL_Team_Assignment_1.",
         f"## 2. Training{synthetic}",
         study.picture(last, "training.png", evaluate),
         "The training loss is on augmented images and, where a recipe smooths, on smoothed targets. The validation "
-        "loss is on plain images and targets.",
+        "loss is on plain images and targets. A gap between training and validation is no verdict here. What is tested "
+        "is whether validation gets worse again.",
         findings(study, "validation"),
         f"## 3. Scores{synthetic}",
         "Accuracy: share of the test images that are classified correctly. Its interval covers the choice of test "
@@ -1128,15 +1175,17 @@ def report(study):
         *fates(study, find),
         f"## 5. What the network looked at{synthetic}",
         study.picture(first, "gradcam.png", explain),
-        "A map of layer4 has 4x4 cells, and each has seen the whole image: it shows where to look, but no outline.",
+        "A map of layer4 has 4x4 cells, and each has seen the whole image: the map and its line are a rough place.",
         findings(study, "failures rely"),
         f"## 6. What the change did{synthetic}",
         "*Supported*: the 95 % interval lies wholly where the claim says. *Contradicted*: it lies wholly elsewhere. "
         "*Not decided*: neither, or there is no interval. It covers the randomness of training and, for figures of "
-        "test images, their choice; so it needs two seeds of each recipe. Equal numbers, fixed beforehand, are the "
+        "test images, their choice, and needs two seeds of each recipe. Equal numbers, fixed beforehand, are the "
         "rule: seeds added after a look at the "
         f"first can tip a verdict.{unequal} The thirteen claims are not corrected for their number.",
-        verdict_table(study, COMPARISONS, ["change [95 %]"]) if others else "A comparison needs two recipes.",
+        verdict_table(study, COMPARISONS, ["before (%)", "after (%)", "change [95 %]"])
+        if others
+        else "A comparison needs two recipes.",
         verdict_table(study, ABOUT_ONE, [f"{name} [95 %]" for name in study.recipes]),
         study.picture(last, "verdict.png", evaluate),
         f"## 7. Confusion and classes{synthetic}",
@@ -1145,25 +1194,26 @@ def report(study):
         "Synthetic images have no superclasses." if synthetic else superclass_table(study),
         f"The pairs of classes that {first.name} confuses most: errors in both directions, means over the seeds.",
         pairs_table(study),
-        "Accuracy of classes, means over the seeds. Of 100 images a class, up to 20 points between two runs are noise.",
+        "Accuracy of classes, means over the seeds; per_class.csv of each run has all. Of 100 images a class, up to 20 "
+        "points between two single runs are noise, less between means.",
         classes_table(study),
         study.picture(first, "per_class.png", evaluate),
         f"## 8. Stress{synthetic}",
-        "On the first test images of each class. The corruptions are in the style of CIFAR-100-C, 12 of its 15, "
-        "re-implemented, so they do not compare with a published mCE. One attack does not measure robustness.",
+        f"On {count}test images, the first of each class. The corruptions are in the style of CIFAR-100-C, 12 of its "
+        "15, re-implemented, so they do not compare with a published mCE. One attack does not measure robustness.",
         *table(STRESS),
         study.picture(last, "stress.png", measure),
         f"## 9. May I trust it?{synthetic}",
         "Two promises, set on validation images and tried on test images: 95 of 100 answers are right, if only "
-        "confident images are answered; 90 of 100 sets of classes hold the true class. Both end where images differ "
-        "from the training images, as under corruption.",
+        "confident images are answered; 90 of 100 sets of likely classes hold the true class. Neither holds where "
+        "images differ from the training images, as in section 8. " + answers(study),
         *table(TRUST),
         study.picture(first, "reliability.png", evaluate),
         f"## 10. Limits{synthetic}",
         f"Seeds: {seeds}. Where seeds differ as in the published runs (0.25 points), two seeds of each recipe show a "
-        "change of two points of accuracy nine times in ten, one of a point every second time. Three show one of a "
-        "point nine times in ten. Half a point needs more than five.",
-        "Words of the study that are not tested: \"background\" (the border is not the background), \"human "
+        "change of two points of accuracy nine times in ten, one of one point in half of the cases. Three show one of "
+        "a point nine times in ten. Half a point needs more than five.",
+        "Words of the study that are not tested: \"background\" (the border is only near to it), \"human "
         "intuition\", \"barely noticeable differences\".",
         "Some test labels are wrong (section 4). Some test images have near-duplicates in training (section 3).",
         f"## 11. Reproduce{synthetic}",

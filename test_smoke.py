@@ -791,7 +791,8 @@ def test_verdict_estimate_against_a_bootstrap():
         noise = sum((part - part.mean(1, keepdims=True)).var(0).sum() / (k * (k - 1)) for part, k in zip(draws, sizes))
         freedom = sum(sizes) - len(sizes)
         spread = sum(((arm.mean(1) - arm.mean()) ** 2).sum() for arm in arms) / freedom * sum(1 / k for k in sizes)
-        half = math.sqrt(max(t[freedom] ** 2 * spread + 1.96**2 * max(0, figures.var() - noise), 1.96**2 * figures.var()))
+        both = t[freedom] ** 2 * spread + 1.96**2 * max(0, figures.var() - noise)
+        half = math.sqrt(max(both, 1.96**2 * figures.var()))
         figure, found = evaluate.estimate(*arms)
         assert math.isclose(figure, figures.mean(), abs_tol=0.01) and abs(found / half - 1) < 0.04, (sizes, found, half)
     values = np.array([[0.1], [0.3], [0.8]])  # no images: a t-test of three values
@@ -802,7 +803,8 @@ def test_verdict_estimate_against_a_bootstrap():
 def test_verdict_influence_values():
     """Their mean is the statistic, their variance over N that of its resamples."""
     logits, labels = random_case(2000)
-    run, rng = run_of(logits + np.random.default_rng(1).normal(size=logits.shape) / 100, labels), np.random.default_rng(0)
+    rng = np.random.default_rng(0)
+    run = run_of(logits + rng.normal(size=logits.shape) / 100, labels)  # no ties
     chosen, confidence, wrong = labels < 30, run.raw.confidence, ~run.raw.correct
 
     def surest(index):
@@ -864,10 +866,11 @@ def test_verdict_figures_by_hand():
     def means(of_run):  # of the baselines, and of the others
         return [np.mean([of_run(run) for run in arm]) for arm in (base, other)]
 
-    # No run is read on failures of its own seed: base 1 and other 1 on those of base 2; base 2 on base 1; other 3 on both.
+    # No run is read on failures of its own seed: 1 on those of base 2; base 2 on base 1; other 3 on both.
     before = (on(base[0], base[1]) + on(base[1], base[0])) / 2
     after = (on(other[0], base[1]) + (on(other[1], base[0]) + on(other[1], base[1])) / 2) / 2
-    small, surest = np.isin(labels, data.SMALL_ANIMALS), lambda run: np.argsort(-run.raw.confidence, kind="stable")[:5000]
+    small = np.isin(labels, data.SMALL_ANIMALS)
+    surest = lambda run: np.argsort(-run.raw.confidence, kind="stable")[:5000]  # noqa: E731
     gap = means(lambda run: run.raw.confidence.mean() - run.raw.correct.mean())
     doubtful = [[data.DOUBTFUL[part].mean() for part in (run.raw.sure_hits, run.raw.failures)] for run in base]
     for (text, name), first, second in (
@@ -891,7 +894,8 @@ def test_verdict_figures_by_hand():
     assert set(row["runs"]) == {run.name for run in base + other}
     assert row["note"] == f"the interval {'includes' if row['ci95'][0] <= 0 <= row['ci95'][1] else 'excludes'} 0"
     other[0].stress = evaluate.Stress(*(part[:, :500] for part in other[0].stress))
-    assert "with the same --stress-images" in verdict_of(base, other)["less accuracy lost to corruption", "changed"]["note"]
+    row = verdict_of(base, other)["less accuracy lost to corruption", "changed"]
+    assert "with the same --stress-images" in row["note"]
 
 
 def test_verdict_what_has_no_figure_says_why():
@@ -942,7 +946,8 @@ def test_chain_stress():
     printed = without_drawing(evaluate.main, *flags)[1]
     with replaced(evaluate, "corrupt", None):  # any use of it would raise: later calls read the files
         report = without_drawing(evaluate.main, *flags)[1]
-    assert within_79_columns(printed) and printed.split("lost to corruption")[1] == report.split("lost to corruption")[1]
+    assert within_79_columns(printed)
+    assert printed.split("lost to corruption")[1] == report.split("lost to corruption")[1]
     preds, labels = np.load(runs[1] / "stress_preds.npy"), np.load(runs[1] / "test_labels.npy")
     index = sorted(np.flatnonzero(labels == k)[0] for k in range(100))  # the first image of each class
     assert preds.shape == (65, 100) and len(read_csv(listed)) == 65
@@ -1395,7 +1400,8 @@ def main(patterns):
     if not __debug__:
         print("without python -O and PYTHONOPTIMIZE, please: they leave out every assert")
         return 2
-    begin, parts = time.monotonic(), [test for test in tests if re.match("test_(model|train|data|corrupt)", test.__name__)]
+    begin = time.monotonic()
+    parts = [test for test in tests if re.match("test_(model|train|data|corrupt)", test.__name__)]
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         other = pool.submit(run, parts)
         outcomes = run([test for test in tests if test not in parts])  # these share the networks of chain()

@@ -217,8 +217,8 @@ def test_chain_evaluate_leaves_out_what_cannot_be_compared():
     utils.write_npy(copies[1] / "test_labels.npy", (np.load(copies[1] / "test_labels.npy") + 1) % 100)
     utils.write_json(copies[1] / "metrics.json", {"sha256": {}})
     _, printed = without_drawing(evaluate.main, first, empty, *copies)
-    for words in ("empty run has no saved epoch", "other labels was scored on other images", "its twin repeats the seed",
-                  "unfinished stopped after epoch 3 of 3 (continue it with --resume)"):  # fmt: skip
+    for words in ("empty run has no saved epoch", "other labels was scored on other images",
+                  "its twin repeats the seed", "unfinished stopped after epoch 3 of 3 (continue it with --resume)"):  # fmt: skip
         assert words in printed, printed
     assert "mean of" not in printed
     assert {claim["recipe"] for claim in json_of(first / "verdict.json")["claims"]} == {"the first"}
@@ -272,7 +272,7 @@ def test_verdict_reads_attention_of_this_checkpoint_only():
     row = evaluate.judge(claim, [run])
     assert math.isclose(row["figure"], 1 - share)
     assert row["note"] == f"{len(failed)} of {len(failed)} failures measured"
-    more = evaluate.judge(claim, [run, run_of(logits, labels, seed=43, name="unmeasured")])  # one is enough for a figure
+    more = evaluate.judge(claim, [run, run_of(logits, labels, seed=43, name="unmeasured")])
     assert more["figure"] == row["figure"] and more["note"] == f"{row['note']}; of 1 of the 2 runs"
 
 
@@ -517,7 +517,8 @@ def test_bad_checkpoints():
     table += [(flipped, "CRC"), (zipped.getvalue(), "compressed"), (saved(resnet18(width=4)), "asks to run")]
     changes = [
         ({"epoch": Payload()}, "asks to run"), ({"format": 2}, "another version"), ({"model": {}}, "another network"),
-        ({"model": {"fc.weight": 1}}, "another network"), ({"model": [1]}, "another network"), ({"args": args | {"width": 10**9}}, "another run"),
+        ({"model": {"fc.weight": 1}}, "another network"), ({"model": [1]}, "another network"),
+        ({"args": args | {"width": 10**9}}, "another run"),
         ({"args": args | {"seed": 43}}, "another run (--seed 43, config.json says 42)"),
     ]  # fmt: skip
     for value, word in (
