@@ -218,7 +218,7 @@ def test_chain_evaluate_leaves_out_what_cannot_be_compared():
     utils.write_json(copies[1] / "metrics.json", {"sha256": {}})
     _, printed = without_drawing(evaluate.main, first, empty, *copies)
     for words in ("empty run has no saved epoch", "other labels was scored on other images",
-                  "its twin repeats the seed", "unfinished stopped after epoch 3 of 3 (continue it with --resume)"):  # fmt: skip
+                  "its twin repeats the seed", "stopped after epoch 3 of 3 (continue it with --resume)"):  # fmt: skip
         assert words in printed, printed
     assert "mean of" not in printed
     assert {claim["recipe"] for claim in json_of(first / "verdict.json")["claims"]} == {"the first"}
