@@ -1013,15 +1013,16 @@ def setup_table(study):
 
 def settings(study):
     """What train.py did, in words."""
-    args = utils.recipe(study.first.config)
+    args, config = utils.recipe(study.first.config), study.first.config
     optimizer = "AdamW" if args["model"] == "cct" else "SGD with Nesterov momentum"
-    return (
-        f"Each run: {study.first.config.get('parameters', 0):,} parameters, trained from scratch on random crops and "
-        f"flips of {study.first.config.get('train_images', 0):,} images by {optimizer} {args.get('momentum')}, weight "
-        f"decay {args.get('weight_decay')}, batch {args.get('batch_size')}; learning rate up to {args.get('lr')} in "
-        f"{args.get('warmup_epochs', 0):g} epochs, then down along a cosine. The weights of the epoch with the best "
-        f"accuracy on {args.get('val_size', 0):,} other training images are kept; test images were not used."
+    words = (
+        f"Each run: {config.get('parameters')} parameters, trained from scratch on random crops and flips of "
+        f"{config.get('train_images')} images by {optimizer} {args.get('momentum')}, weight decay "
+        f"{args.get('weight_decay')}, batch {args.get('batch_size')}; learning rate up to {args.get('lr')} in "
+        f"{args.get('warmup_epochs')} epochs, then down along a cosine. The weights of the epoch with the best accuracy "
+        f"on {args.get('val_size')} other training images are kept. Test images were not used."
     )
+    return utils.plain(words)
 
 
 def findings(study, text):
