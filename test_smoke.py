@@ -655,6 +655,7 @@ def test_metrics_against_loops():
     for b in range(15):
         inside = (confidence > b / 15) & (confidence <= (b + 1) / 15)
         ece += inside.mean() * abs(correct[inside].mean() - confidence[inside].mean()) if inside.any() else 0
+    assert math.isclose(utils.calibration_error([0.95, 0.05], [False, True]), 0.95)  # the signs do not cancel
     assert utils.calibration_bins(np.array([0, 1e-9, 1 / 15, 0.0667, 1])).tolist() == [0, 0, 0, 1, 14]
     macro = utils.macro_scores(utils.confusion_matrix(labels, scores.pred, 100))
     pairs = [(a > b) + (a == b) / 2 for a in confidence[correct] for b in confidence[wrong]]
