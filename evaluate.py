@@ -375,14 +375,18 @@ class Run:
         rows = self.table("log.csv", "python train.py", dict.fromkeys(columns, float))
         return {name: np.array([row[name] for row in rows]) for name in columns} if rows else None
 
+    def occlusions(self):
+        """The rows of attention.csv: what hiding the border, and the centre, costs failures and their matched hits."""
+        columns = {"index": int, "group": str, "checkpoint": str, "border_drop": float, "centre_drop": float}
+        return self.table("attention.csv", f"python gradcam.py {utils.quote(self.folder)}", columns)
+
     @functools.cached_property
     def attention(self):
         """(border, failed, matched), (N,) bool: does hiding the border cost more? Is it a failure? A hit like one?
 
         None without attention.csv.
         """
-        columns = {"index": int, "group": str, "checkpoint": str, "border_drop": float, "centre_drop": float}
-        rows = self.table("attention.csv", f"python gradcam.py {utils.quote(self.folder)}", columns)
+        rows = self.occlusions()
         if not rows:
             return None
         border, failed, matched = np.zeros((3, len(self.labels)), bool)
@@ -1019,8 +1023,8 @@ def settings(study):
         f"Each run: {config.get('parameters')} parameters, trained from scratch on random crops and flips of "
         f"{config.get('train_images')} images by {optimizer} {args.get('momentum')}, weight decay "
         f"{args.get('weight_decay')}, batch {args.get('batch_size')}; learning rate up to {args.get('lr')} in "
-        f"{args.get('warmup_epochs')} epochs, then down along a cosine. The weights of the epoch with the best accuracy "
-        f"on {args.get('val_size')} other training images are kept. Test images were not used."
+        f"{args.get('warmup_epochs')} epochs, then down along a cosine. The weights of the epoch with the best "
+        f"accuracy on {args.get('val_size')} other training images are kept. Test images were not used."
     )
     return utils.plain(words)
 
@@ -1041,9 +1045,8 @@ def fates(study, made_by):
     if not listed:
         return [f"*Missing: failures.csv of {first.name}. To make it:* `{made_by}`"]
     index = [row["index"] for row in listed]
-    columns = {"index": int, "group": str, "checkpoint": str, "border_drop": float, "centre_drop": float}
-    measured = first.table("attention.csv", "python gradcam.py", columns)
-    lost = {row["index"]: f"{round(100 * row['border_drop'])} / {round(100 * row['centre_drop'])}" for row in measured}
+    drops = {row["index"]: (row["border_drop"], row["centre_drop"]) for row in first.occlusions()}
+    lost = {i: f"{round(100 * border)} / {round(100 * centre)}" for i, (border, centre) in drops.items()}
     for run in study.runs:
         same = (run.raw.pred == first.raw.pred)[index].sum()
         repaired = run.raw.correct[index].sum()
