@@ -1034,6 +1034,12 @@ def test_chain_report():
     labels = np.load(baseline / "test_labels.npy")
     repaired, same = (preds[1] == labels)[index].sum(), (preds[1] == preds[0])[index].sum()
     assert f"| {repaired} of {len(index)} (" in report and f"| {same} of {len(index)} (" in report
+    accuracies = " | ".join(f"{100 * value['accuracy']:.2f}" for value in metrics)
+    assert f"| test accuracy | {accuracies} |" in report  # before and after
+    chosen = [row["index"] for row in read_csv(baseline / "failures.csv") if row["representative"] == "1"]
+    for row in read_csv(baseline / "attention.csv"):
+        lost = " / ".join(f"{round(100 * float(row[part]))}" for part in ("border_drop", "centre_drop"))
+        assert row["index"] not in chosen or re.search(rf"^\| {row['index']} \| .* \| {lost} \|$", report, re.M), row
     alone = copy_of_run("reported alone", "failures.csv", "gradcam.png", "*.pt")
     _, printed = without_drawing(evaluate.main, alone)
     text = (alone / "report.md").read_text()
