@@ -30,7 +30,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from utils import Progress, ScriptError, memory_format, plain, require
+from utils import ScriptError, memory_format, on_terminal, plain, require
 
 NUM_CLASSES = 100
 
@@ -236,7 +236,7 @@ def fetch(top, url):
     here = check_integrity(top / ARCHIVE, CIFAR100.tgz_md5)
     if not here:
         print(f"downloading {url}, 169 MB\nif slow: --data-url {other}", flush=True)
-    bar = sys.stdout if Progress().redraw else io.StringIO()
+    bar = sys.stdout if on_terminal() else io.StringIO()
     socket.setdefaulttimeout(20)  # seconds without a byte
     try:
         top.mkdir(parents=True, exist_ok=True)

@@ -735,23 +735,15 @@ def print_scores(runs, arms):
 
 
 def print_verdict(study):
-    """A line for each row of the verdict, its note below it; the rows of a claim about one recipe below the claim."""
-    rows = [(claim, row) for claim, row in study.rows if len(study.arms) > 1 or row["word"] != "not decided"]
-    table, missing = [], {}
-    for claim, row in rows:
-        if row["figure"] is None:
-            missing.setdefault(row["note"], {})[claim.text] = None  # a dict keeps the order, and each text once
-            continue
-        if claim in ABOUT_ONE and [claim.text, "", ""] not in table:
-            table.append([claim.text, "", ""])
-        table.append([f"  {row['recipe']}" if claim in ABOUT_ONE else claim.text, figure_cell(claim, row), row["word"]])
-        if row["note"]:
-            table.append([f"    {row['note']}", "", ""])
+    """A sentence for each row of the verdict. Of one recipe only what is decided."""
+    alone = len(study.arms) == 1
+    rows = [(claim, row) for claim, row in study.rows if not alone or row["word"] != "not decided"]
     if rows:
         print("\n" + textwrap.fill(study.heading, 79))
-        print_table(["claim", "figure [95 % interval]", "verdict"], table)
-    for reason, claims in missing.items():
-        print(textwrap.fill(f"no figure ({reason}): {'; '.join(claims)}", 79, subsequent_indent="  "))
+    for claim, row in rows:
+        note = f"; {row['note']}" if row["note"] else ""
+        text = f"{row['word']:<13} {study.title(claim, row)}: {figure_cell(claim, row)}{note}"
+        print(textwrap.fill(text, 79, subsequent_indent=" " * 14, break_on_hyphens=False))
 
 
 # ---- pictures: each function returns its figure ---------------------------------------------------------
@@ -857,8 +849,7 @@ def draw_verdict(study):
             height, color = (-0.2, COLORS[0]) if run in baselines else (0.2, COLORS[1])
             axes.plot(place, y + height, "o", color=color, markersize=4)
         axes.text(1.25, y, f"{figure_cell(claim, row)}: {row['word']}", fontsize=9, verticalalignment="center")
-        recipe = "baseline" if row["recipe"] in baselines else "changed"
-        names.append(f"{claim.text} ({recipe})" if claim in ABOUT_ONE and len(study.arms) > 1 else claim.text)
+        names.append(study.title(claim, row))
     for arm, color in zip(study.arms, COLORS):
         axes.plot([], [], "o", color=color, markersize=4, label=f"runs of {arm[0].name}")
     axes.set(xlim=(-1.2, 1.2), ylim=(len(rows) - 0.5, -0.5), xticks=[])
@@ -964,6 +955,12 @@ class Study:
         self.heading = utils.plain(f"{what}; seeds {seeds}")
         self.rows = [(claim, judge(claim, changed, arms[0])) for claim in COMPARISONS for changed in arms[1:]]
         self.rows += [(claim, judge(claim, arm)) for claim in ABOUT_ONE for arm in arms]
+
+    def title(self, claim, row):
+        """The claim and, where there are two recipes, which of them a row is about."""
+        if claim in COMPARISONS or len(self.arms) == 1:
+            return claim.text
+        return f"{claim.text} ({'baseline' if row['recipe'] == self.first.name else 'changed'})"
 
     def results(self, claim):
         """The rows on a claim as text: one on the change, or one for each recipe."""

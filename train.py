@@ -13,6 +13,7 @@ validation; the test set is not touched. A resumed run is bit-identical to an
 undisturbed one on a CPU with as many threads, on a GPU with --deterministic.
 """
 
+import contextlib
 import ctypes
 import io
 import math
@@ -84,7 +85,11 @@ def train_epoch(args, epoch, images, labels, net, optimizer, scaler, mixed_preci
     mixes = mix_plan(args.seed, epoch, steps, args.mixup, args.cutmix) if mixing else None
     loss_sum, hits = torch.zeros((2,), device=images.device)  # summed there: .item() waits for the device
     net.train()
-    for i in watched(args, epoch, steps, loss_sum):
+
+    def note(done, seconds):
+        return f"loss {loss_sum.item() / done:.3f}, {done * args.batch_size / seconds:,.0f} images/s"
+
+    for i in utils.track(range(steps), f"epoch {epoch}/{args.epochs}, step", note, (args.epochs - epoch) * steps):
         optimizer.param_groups[0]["lr"] = lr_at((epoch - 1) * steps + i, total_steps, warmup_steps, args.lr)
         batch = slice(i * args.batch_size, (i + 1) * args.batch_size)
         inputs = augment(images, order[batch], offsets[batch], flips[batch])  # (B, 3, 32, 32)
@@ -226,20 +231,6 @@ def announce(run_dir, args, config, reason):
         print("the same study in 20 minutes a run: --width 16 --lr 0.1")
 
 
-def watched(args, epoch, steps, loss_sum):
-    """Yield the steps of an epoch, from 0, with a progress line. loss_sum: of the steps so far, on the device."""
-    progress, begin = utils.Progress(), time.monotonic()
-    for i in range(steps):
-        yield i
-        pace = (time.monotonic() - begin) / (i + 1)  # seconds a step
-        if progress.due():
-            loss = loss_sum.item() / (i + 1)  # waits for the device
-            speed, left = args.batch_size / pace, pace * ((args.epochs - epoch + 1) * steps - i - 1)
-            where = f"epoch {epoch}/{args.epochs}, step {i + 1}/{steps}"
-            progress.show(f"{where}: loss {loss:.3f}, {speed:,.0f} images/s, {duration(left)} left")
-    progress.clear()
-
-
 def draw_curves(name, args, history):
     """A Figure: loss and accuracy by epoch. Its ranges are fixed, so that two runs can be laid side by side."""
     title = f"Training {MODELS[args.model]} on {TITLES[args.dataset]}: {utils.plain(name)}"
@@ -268,14 +259,19 @@ COLUMNS = "epoch lr train_loss train_acc val_loss val_acc seconds images_per_sec
 
 
 def exclusive(run_dir):
-    """An open lock file in run_dir: until it is closed, a second process is refused."""
+    """An open lock file in run_dir: until it is closed, or its process ends, a second process is refused."""
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         file = open(run_dir / ".lock", "a")  # never emptied: it may be a link
     except OSError as error:
         raise ScriptError(f"{run_dir}: {error.strerror}; {ELSEWHERE}") from None
-    if not utils.lock(file):
-        raise ScriptError(f"another process is training in {run_dir}; wait for it, or {ELSEWHERE}")
+    with contextlib.suppress(ImportError, OSError):  # Windows has no fcntl, and some network drives have no locks
+        import fcntl
+
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ScriptError(f"another process is training in {run_dir}; wait for it, or {ELSEWHERE}") from None
     return file
 
 

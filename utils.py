@@ -271,19 +271,6 @@ def sha256(path):
     return hashlib.sha256(Path(path).read_bytes()).hexdigest() if Path(path).is_file() else None
 
 
-def lock(file):
-    """Lock an open file, until it is closed or its process ends; False if another process holds it."""
-    try:
-        import fcntl
-
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except (ImportError, OSError):
-        pass  # not done on Windows, and some network drives have no locks
-    return True
-
-
 @contextlib.contextmanager
 def reading(path, made_by, what):
     """The bytes of a file, to be parsed in the `with` block; ScriptError in one line if it is missing or damaged.
@@ -575,47 +562,34 @@ def predict(model, batches):
 # ---- progress and figures -------------------------------------------------------------------------------
 
 
-class Progress:
-    """A progress line: redrawn twice a second on a terminal, printed every 30 s in a file or pipe."""
-
-    def __init__(self):
-        self.redraw = getattr(sys.stdout, "isatty", bool)()  # a notebook's stand-in may lack it
-        self.interval = 0.5 if self.redraw else 30.0  # seconds
-        self.last = time.monotonic()
-
-    def due(self):
-        return time.monotonic() - self.last >= self.interval
-
-    def show(self, text):
-        self.last = time.monotonic()
-        if self.redraw:
-            width = shutil.get_terminal_size().columns - 1
-            print(f"\r{text[:width]:<{width}}\r", end="", flush=True)  # what comes next, an error too, overwrites it
-        elif text:
-            print(text, flush=True)
-
-    def clear(self):
-        self.show("")
+def on_terminal():
+    return getattr(sys.stdout, "isatty", bool)()  # a notebook's stand-in may lack it
 
 
-def track(items, what):
-    """Yield the items of a sequence, showing how many are done and the time left."""
-    progress, start = Progress(), time.monotonic()
+def track(items, what, note=None, later=0):
+    """Yield the items of a sequence, with a progress line: redrawn twice a second, in a file or pipe every 30 s.
+
+    note: what to add, a function of the items done and the seconds they took. later: items that come after these.
+    """
+    redraw, start = on_terminal(), time.monotonic()
+    width, shown = shutil.get_terminal_size().columns - 1, start
     for done, item in enumerate(items):
-        if done and progress.due():
-            left = (time.monotonic() - start) / done * (len(items) - done)
-            progress.show(f"{what} {done}/{len(items)}, {duration(left)} left")
+        now = time.monotonic()
+        if done and now - shown >= (0.5 if redraw else 30):
+            more = f"{note(done, now - start)}, " if note else ""
+            left = (now - start) / done * (len(items) - done + later)
+            text, shown = f"{what} {done}/{len(items)}: {more}{duration(left)} left", now
+            # What comes next, an error too, overwrites the line.
+            print(f"\r{text[:width]:<{width}}\r" if redraw else text, end="" if redraw else "\n", flush=True)
         yield item
-    progress.clear()
+    if redraw:
+        print(f"{'':<{width}}\r", end="", flush=True)
 
 
 def duration(seconds):
-    """42 s, 7 min 03 s or 4 h 31 min."""
+    """4:31:10: hours, minutes, seconds."""
     minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours} h {minutes:02d} min"
-    return f"{minutes} min {seconds:02d} s" if minutes else f"{seconds} s"
+    return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
 
 
 def new_figure(width, height, rows=1, columns=1, title=None, **kwargs):
