@@ -340,7 +340,7 @@ class Run:
         self.folder, self.config, self.name, self.labels = folder, config, name, labels
         self.dataset, self.seed = config["dataset"], config["args"].get("seed")
         self.class_names = class_names(self.dataset)
-        self.title = f"{name}: {len(labels):,} test images of {TITLES[self.dataset]}"
+        self.title = f"{utils.plain(folder.resolve().name)}: {len(labels):,} test images of {TITLES[self.dataset]}"
         self.official = is_test_set(labels)  # then it is known which images are doubtful, and which have duplicates
         self.trust = trust  # of trust()
         self.raw, self.scaled = Scores(logits, labels), Scores(logits / temperature, labels)
@@ -715,7 +715,7 @@ def figure_cell(claim, row):
 def print_table(header, rows):
     """Rows of text under a header. The first column names the row, on a line of its own where there is no room."""
     widths = [max(map(len, column)) for column in zip(header, *rows)]
-    widths[0] = min(widths[0], max(0, 79 - sum(widths[1:]) - len(widths)))
+    widths[0] = min(widths[0], max(0, 80 - sum(widths[1:]) - len(widths)))
     for name, *cells in [header, *rows]:
         if len(name) > widths[0]:
             print(name)
@@ -1236,6 +1236,14 @@ def write_report(study):
 # ---- main -----------------------------------------------------------------------------------------------
 
 
+def without_shared_words(names):
+    """Names of runs without what all have in them: a-lr0.1, a-lr0.1-seed43, b-lr0.1 -> a, a-seed43, b."""
+    words = [name.split("-") for name in names]
+    shared = set.intersection(*map(set, words)) if len(names) > 1 else set()
+    short = ["-".join([first, *(word for word in rest if word not in shared)]) for first, *rest in words]
+    return short if len(set(short)) == len(names) else names
+
+
 def by_recipe(runs):
     """The runs in lists of one recipe each, by seed; recipes as they come. What cannot be compared stays out."""
     arms = []
@@ -1286,7 +1294,7 @@ def main(argv=None):
     for run_dir, config in folders:
         if (run_dir / "best.pt").exists() and not is_current(run_dir):
             compute_logits(run_dir, config, args)
-    names = utils.short_names([run_dir for run_dir, _ in folders])
+    names = without_shared_words(utils.short_names([run_dir for run_dir, _ in folders]))
     runs = [read_run(*folder, name) for folder, name in zip(folders, names)]
     for run in runs:
         write_run(run)

@@ -1049,13 +1049,17 @@ def test_chain_report():
     before = path.read_bytes()
     without_drawing(evaluate.main, baseline, smoothed)
     assert path.read_bytes() == before  # no clock, no order of files in it
-    twin = copy_of_run("twin", "*.pt", "*.png")
+    twin = copy_of_run("twin-x1", "*.pt", "*.png")
     config = json_of(twin / "config.json")
     utils.write_json(twin / "config.json", config | {"args": config["args"] | {"seed": 43}})
-    _, printed = without_drawing(evaluate.main, baseline, twin, copy_of_run("changed", "*.pt", "*.png", number=1))
-    text = (SCRATCH / "changed/report.md").read_text()
+    first, changed = (copy_of_run(name, "*.pt", "*.png", number=k) for k, name in enumerate(("base-x1", "changed-x1")))
+    _, printed = without_drawing(evaluate.main, first, twin, changed)
+    text = (changed / "report.md").read_text()
     assert "  mean of 2" in printed and "|   ensemble |" in text and "| control: another seed |" in text
-    assert "Here there are 2 of baseline and 1 of changed." in text and "Here there are" not in report
+    assert "Here there are 2 of base and 1 of changed." in text  # names without what all share
+    same, taken = ["a-x1"], ["a-b-c", "a-c-b"]
+    assert evaluate.without_shared_words(same) == same and evaluate.without_shared_words(taken) == taken
+    assert "Here there are" not in report
     for header in re.findall(r"^\| in % \| accuracy \[95 %\] \| (.*) \|$", text, re.M):
         assert all(f"\n- {column}: " in text for column in header.split(" | ")), header
 

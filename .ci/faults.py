@@ -136,7 +136,7 @@ def test_train_goes_on_within_79_columns_when_nothing_but_checkpoints_can_be_wri
     """log.csv held by Excel or a scanner, no pictures, a clock that stands still, a link for a lock, an odd name."""
     row = {"epoch": 1, "lr": 0.00929, "train_loss": 4.6051, "train_acc": 1.0, "val_loss": 12.34567, "val_acc": 1.0}
     line = train.epoch_line(row | {"seconds": 4567.8, "images_per_second": 123456.7}, row | {"epoch": 100}, 100)
-    assert max(map(len, [line, *train.HEADER.splitlines()])) <= 79 and line.endswith("  125 h 36 min"), line
+    assert max(map(len, [line, *train.HEADER.splitlines()])) <= 79 and line.endswith("  125:36:52"), line
     precious, denied = SCRATCH / "precious", unittest.mock.Mock(side_effect=PermissionError(13, "Permission denied"))
     precious.write_text("kept")
     os.link(precious, new_folder("busy\x7f") / ".lock")
