@@ -1013,17 +1013,22 @@ def setup_table(study):
 
 
 def settings(study):
-    """What train.py did, in words."""
-    args, config = utils.recipe(study.first.config), study.first.config
-    optimizer = "AdamW" if args["model"] == "cct" else "SGD with Nesterov momentum"
-    words = (
-        f"Each run: {config.get('parameters')} parameters, trained from scratch on random crops and flips of "
-        f"{config.get('train_images')} images by {optimizer} {args.get('momentum')}, weight decay "
-        f"{args.get('weight_decay')}, batch {args.get('batch_size')}; learning rate up to {args.get('lr')} in "
-        f"{args.get('warmup_epochs')} epochs, then down along a cosine. The weights of the epoch with the best "
-        f"accuracy on {args.get('val_size')} other training images are kept. Test images were not used."
-    )
-    return utils.plain(words)
+    """What train.py did, in words: once, or for each recipe where this differs."""
+    found = []
+    for run in (study.first, study.last):
+        args, config = utils.recipe(run.config), run.config
+        optimizer = "AdamW, beta1" if args["model"] == "cct" else "SGD with Nesterov momentum"
+        warmup = str(args.get("warmup_epochs")).removesuffix(".0")
+        found.append(
+            f"{config.get('parameters')} parameters, trained from scratch on random crops and flips of "
+            f"{config.get('train_images')} images by {optimizer} {args.get('momentum')}, weight decay "
+            f"{args.get('weight_decay')}, batch {args.get('batch_size')}; learning rate up to {args.get('lr')} in "
+            f"{warmup} epochs, then down along a cosine. The weights of the epoch with the best "
+            f"accuracy on {args.get('val_size')} other training images are kept. Test images were not used."
+        )
+    first, last = map(utils.plain, found)
+    both = f"Each run of {study.first.name}: {first}\n\nEach run of {study.last.name}: {last}"
+    return f"Each run: {first}" if first == last else both
 
 
 def findings(study, text):
@@ -1125,7 +1130,7 @@ def report(study):
     """The text of report.md: the study's sections, in its order, from the runs at hand."""
     first, last, arms = study.first, study.last, study.arms
     synthetic = " (SYNTHETIC data)" if study.dataset == "synthetic" else ""
-    network = MODELS.get(first.config["args"].get("model"), "ResNet-18")
+    networks = " and ".join(dict.fromkeys(MODELS[utils.recipe(arm[0].config)["model"]] for arm in arms))
     others, control = [arm[0] for arm in arms[1:]], arms[0][1:2]
     seeds = " and ".join(f"{len(arm)} of {arm[0].name}" for arm in arms)
     unequal = f" Here there are {seeds}." if len({len(arm) for arm in arms}) > 1 else ""
@@ -1152,7 +1157,7 @@ def report(study):
         return [explained, markdown(["in %", "accuracy [95 %]", *columns], rows)] if rows else []
 
     paragraphs = [
-        f"# {network} on {TITLES[study.dataset]}: {' and '.join(study.recipes)}",
+        f"# {networks} on {TITLES[study.dataset]}: {' and '.join(study.recipes)}",
         f"## 1. Setup{synthetic}",
         f"**{study.heading}.**",
         settings(study),
@@ -1161,9 +1166,9 @@ def report(study):
         "https://github.com/gautamkushwaha/DL_Team_Assignment_1.",
         f"## 2. Training{synthetic}",
         study.picture(last, "training.png", evaluate),
-        "The training loss is on augmented images and, where a recipe smooths, on smoothed targets. The validation "
-        "loss is on plain images and targets. A gap between training and validation is no verdict here. What is tested "
-        "is whether validation gets worse again.",
+        "Training figures are of augmented images and, where a recipe smooths or mixes, of such targets. Validation "
+        "figures are of plain images and targets. A gap between training and validation is no verdict here. What is "
+        "tested is whether validation gets worse again.",
         findings(study, "validation"),
         f"## 3. Scores{synthetic}",
         "Accuracy: share of the test images that are classified correctly. Its interval covers the choice of test "

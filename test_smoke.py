@@ -1023,6 +1023,8 @@ def test_chain_report():
     links = re.findall(r"!\[[^]]+\]\(([^)]+)\)", report)
     assert len(links) >= 7 and all((smoothed / link.replace("%20", " ")).exists() for link in links), links
     assert "--stress`" in report  # the section on stress names its command
+    for run in (baseline, smoothed):  # of different widths
+        assert f"Each run of {run.name}: {json_of(run / 'config.json')['parameters']} parameters" in report
     metrics = [json_of(run / "metrics.json") for run in (baseline, smoothed)]
     for value in metrics:
         for part in (f"| {100 * value['accuracy']:.2f} [", f"| {100 * value['trust']['set_coverage']:.2f} |"):
