@@ -661,7 +661,9 @@ def cell(value, digits=2, unit=100):
     """A fraction in percent, [low, high] as an interval, or a dash where there is nothing."""
     if isinstance(value, list):
         return f"[{', '.join(cell(end, digits, unit) for end in value)}]"
-    return "-" if value is None or math.isnan(value) else f"{unit * value + 0.0:.{digits}f}"
+    if value is None or math.isnan(value):
+        return "-"
+    return f"{round(float(unit * value), digits) + 0.0:.{digits}f}"  # + 0.0: never -0.00
 
 
 def values_of(run):

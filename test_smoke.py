@@ -847,6 +847,7 @@ def test_verdict_decides_by_the_interval():
     for claim in evaluate.COMPARISONS + evaluate.ABOUT_ONE:  # what has to fall says so
         falls = re.search("fewer|less confident|the same|calibration|falls|below", claim.text)
         assert claim.side == ("within" if "within" in claim.text else "below" if falls else "above"), claim.text
+    assert [*map(evaluate.cell, (-4e-5, 0.2851, math.nan, [-0.1, 1]))] == ["0.00", "28.51", "-", "[-10.00, 100.00]"]
 
 
 def test_verdict_figures_by_hand():
