@@ -97,7 +97,7 @@ COMPARISONS = [  # changed minus baseline
           "does not change total accuracy significantly", "test accuracy"),
     Claim("fewer confident errors (> 0.90)", "below", each(lambda run: run.raw.failures),
           "decreases extreme confidence on incorrect predictions", "share of images, wrong with confidence above 0.90",
-          remark=lambda runs, base: highest_target(runs, base)),
+          remark=lambda runs, base: confident_errors(runs, base)),
     Claim("fewer errors in the surest half", "below", each(lambda run: surest_half(run)),
           "", "error rate of the half of the images that a run is most confident of"),
     Claim("earlier failures less confident", "below", lambda runs, base: on_failures(runs, base, "raw"),
@@ -107,7 +107,7 @@ COMPARISONS = [  # changed minus baseline
           "", "the same after temperature scaling: is it more than a general loss of confidence?"),
     Claim("calibration improves", "below", lambda runs, base: miscalibration(runs),
           "calibration has been improved", "distance of mean confidence from accuracy",
-          remark=lambda runs, base: scaled_gaps(runs, base)),
+          remark=lambda runs, base: signed_gaps(runs, base)),
     Claim("less accuracy lost to corruption", "above", lambda runs, base: corruption_effect(runs, base),
           "slight boost to robustness", "accuracy under 12 x 5 corruptions minus clean accuracy", needs="stress",
           remark=lambda runs, base: corrupted_accuracy(runs, base)),
@@ -428,7 +428,7 @@ def mean_among(values, chosen):
     Each is that mean plus what its image contributes to it (its influence), so estimate() can take it.
     """
     if chosen.sum() < FEWEST:
-        raise Undecided(f"needs {FEWEST} such images, there are {chosen.sum()}")
+        raise Undecided(f"needs {FEWEST} such images in each run, one has {chosen.sum()}")
     mean = values[chosen].mean()
     return mean + chosen * (values - mean) / chosen.mean()
 
@@ -502,17 +502,25 @@ def chance_inside(confusion):
     return float(independent[inside].sum() / independent.sum()) if independent.any() else math.nan
 
 
-def highest_target(runs, baselines):
+def before_and_after(runs, baselines, metric):
+    """Mean of a metric over the baselines, and over the changed runs, in percent."""
+    return (100 * np.mean([run.values[metric] for run in arm]) for arm in (baselines, runs))
+
+
+def confident_errors(runs, baselines):
     """Confident errors fall by construction if smoothing is new and its highest target is below 0.905."""
     before, a = (recipe[0].config["args"].get("smoothing") or 0 for recipe in (baselines, runs))
     target = 1 - a + a / NUM_CLASSES
     follows = before < a and target < CONFIDENT + 0.005
-    return f"by construction: smoothing {a:g} has no target above {target:.3f}" if follows else ""
+    why = f"by construction: smoothing {a:g} has no target above {target:.3f}; " if follows else ""
+    scaled = before_and_after(runs, baselines, "confident_errors_scaled")
+    return why + "after temperature scaling {:.2f} and {:.2f} %".format(*scaled)
 
 
-def scaled_gaps(runs, baselines):
-    before, after = (100 * np.mean([run.values["signed_gap_scaled"] for run in arm]) for arm in (baselines, runs))
-    return f"after temperature scaling, confidence - accuracy is {before:+.1f} and {after:+.1f} points"
+def signed_gaps(runs, baselines):
+    raw, scaled = (before_and_after(runs, baselines, metric) for metric in ("signed_gap", "signed_gap_scaled"))
+    text = "confidence - accuracy is {:+.1f} and {:+.1f} points, after temperature scaling {:+.1f} and {:+.1f}"
+    return text.format(*raw, *scaled)
 
 
 def corrupted_accuracy(runs, baselines):
@@ -633,9 +641,9 @@ CALIBRATION = {
     "ECE/T": ("ece_scaled", "ECE of these"),
 }
 FAILURES = {
-    "failures": ("failures", "confident failures: wrong with a confidence above 0.90"),
-    "doubtful": ("doubtful", "of these, how many have a label that fewer than three of five people uphold; a lower "
-                             "bound, since people looked only where a network disagreed (arXiv:2103.14749)"),
+    "failures (images)": ("failures", "confident failures: wrong with a confidence above 0.90"),
+    "doubtful (images)": ("doubtful", "of these, how many have a label that fewer than three of five people uphold; "
+                          "a lower bound, since people looked only where a network disagreed (arXiv:2103.14749)"),
 }  # fmt: skip
 STRESS = {
     "clean": ("clean", "accuracy on these images without corruption"),
@@ -650,7 +658,7 @@ TRUST = {
     "answers": ("answers", "share of images above the confidence at which 95 of 100 validation answers are right"),
     "right": ("answers_accuracy", "accuracy of these answers"),
     "sets hold": ("set_coverage", "how often the true class is in the set of likely classes; the aim is 90 %"),
-    "set size": ("set_size", "classes in such a set, on average"),
+    "set size (classes)": ("set_size", "classes in such a set, on average"),
     "worst class": ("set_worst_class", "how often in the worst class, since the promise is only on average"),
 }
 BRIEF = {name: (CLASSIFICATION | CALIBRATION)[name] for name in ("no dup.", "F1", "top-5", "conf.err", "ECE", "T")}
@@ -691,7 +699,7 @@ def score_lines(arms):
             together = {key: [values.get(key, math.nan) for values in of_runs] for key in of_runs[0]}
             found.append((f"  mean of {len(arm)}", {key: np.mean(values) for key, values in together.items()}, ""))
             found.append(("  deviation", {key: np.std(values, ddof=1) for key, values in together.items()}, ""))
-            found.append(("  ensemble", ensemble(arm), ""))
+            found.append((f"  ensemble of {len(arm)}", ensemble(arm), ""))
     return found
 
 
@@ -815,8 +823,10 @@ def draw_training(study):
     figure, panels = utils.new_figure(10, 4.5, 1, 2, f"Training on {TITLES[study.dataset]}")
     for axes, key, scale in (panels[0], "loss", 1), (panels[1], "acc", 100):
         for arm, color in zip(study.arms, COLORS):
-            smoothed = ", smoothed" if key == "loss" and arm[0].config["args"].get("smoothing") else ""
-            axes.plot([], [], ":", color=color, label=f"{arm[0].name}: training{smoothed}")
+            args = utils.recipe(arm[0].config)
+            how = ", smoothed" if key == "loss" and args.get("smoothing") else ""
+            how += ", mixed images" if args["mixup"] or args["cutmix"] else ""
+            axes.plot([], [], ":", color=color, label=f"{arm[0].name}: training{how}")
             axes.plot([], [], "-", color=color, label=f"{arm[0].name}: validation")
             for log in [run.log for run in arm if run.log]:
                 epochs, best = np.arange(1, len(log["val_acc"]) + 1), log["val_acc"].argmax()
@@ -855,7 +865,7 @@ def draw_verdict(study):
     for arm, color in zip(study.arms, COLORS):
         axes.plot([], [], "o", color=color, markersize=4, label=f"runs of {arm[0].name}")
     axes.set(xlim=(-1.2, 1.2), ylim=(len(rows) - 0.5, -0.5), xticks=[])
-    axes.set_xlabel("line: 95 % interval; to the right, shaded: as claimed; each row has its own scale")
+    axes.set_xlabel("line: 95 % interval; to the right, shaded: as claimed, up or down; each row has its own scale")
     axes.set_yticks(range(len(rows)), names, fontsize=9)
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
@@ -1069,7 +1079,7 @@ def fates(study, made_by):
         f"What the runs predict on the mistakes of {first.name} that its failures.csv lists:",
         markdown(counted, outcomes),
         "Mistakes that were picked for their confidence in one run look better in any other run. The control shows by "
-        "how much. Only what goes beyond it is an effect of the change.",
+        "how much. Only the difference from the control is an effect of the change.",
     ]
     return [
         *(compared if len(study.runs) > 1 else []),
@@ -1165,12 +1175,13 @@ def report(study):
         settings(study),
         setup_table(study),
         "The study is \"Stress-testing of convolutional neural networks on CIFAR-100\", "
-        "https://github.com/gautamkushwaha/DL_Team_Assignment_1.",
+        "https://github.com/gautamkushwaha/DL_Team_Assignment_1. It trained one ResNet-18 of 11,220,132 parameters "
+        "with label smoothing 0.1. To another change its sentences are only questions.",
         f"## 2. Training{synthetic}",
         study.picture(last, "training.png", evaluate),
-        "Training figures are of augmented images and, where a recipe smooths or mixes, of such targets. Validation "
-        "figures are of plain images and targets. A gap between training and validation is no verdict here. What is "
-        "tested is whether validation gets worse again.",
+        "Training figures are of augmented images. Where a recipe smooths or mixes, the loss is that of such targets "
+        "and the accuracy that of the dominant label. Validation figures are of plain images and targets. A gap "
+        "between training and validation is no verdict here. What is tested is whether validation gets worse again.",
         findings(study, "validation"),
         f"## 3. Scores{synthetic}",
         "Accuracy: share of the test images that are classified correctly. Its interval covers the choice of test "
@@ -1183,7 +1194,8 @@ def report(study):
         *fates(study, find),
         f"## 5. What the network looked at{synthetic}",
         study.picture(first, "gradcam.png", explain),
-        "A map of layer4 has 4x4 cells, and each has seen the whole image: the map and its line are a rough place.",
+        "Each cell of a map has seen the whole image: the map and its line are a rough place. In this picture and the "
+        "one before, *other* is the run that the title names.",
         findings(study, "failures rely"),
         f"## 6. What the change did{synthetic}",
         "*Supported*: the 95 % interval lies wholly where the claim says. *Contradicted*: it lies wholly elsewhere. "
@@ -1200,10 +1212,11 @@ def report(study):
         study.picture(first, "confusion.png", evaluate),
         "Errors inside: share of the errors whose predicted class is in the same superclass.",
         "Synthetic images have no superclasses." if synthetic else superclass_table(study),
-        f"The pairs of classes that {first.name} confuses most: errors in both directions, means over the seeds.",
+        f"The pairs of classes that {first.name} confuses most: errors in both directions, on the 200 images of the "
+        "two, means over the seeds.",
         pairs_table(study),
         "Accuracy of classes, means over the seeds; per_class.csv of each run has all. Of 100 images a class, up to 20 "
-        "points between two single runs are noise, less between means.",
+        f"points between two single runs are noise, less between means. The picture shows {first.name} alone.",
         classes_table(study),
         study.picture(first, "per_class.png", evaluate),
         f"## 8. Stress{synthetic}",

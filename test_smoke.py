@@ -818,7 +818,7 @@ def test_verdict_influence_values():
         drawn = np.array([statistic(rng.integers(0, 2000, 2000)) for _ in range(1500)])
         assert math.isclose(values.mean(), statistic(np.arange(2000)))
         assert abs(values.std() / math.sqrt(2000) / drawn.std() - 1) < 0.1, (values.std(), drawn.std())
-    with raised(evaluate.Undecided, "needs 20 such images, there are 19"):
+    with raised(evaluate.Undecided, "needs 20 such images in each run, one has 19"):
         evaluate.mean_among(wrong, np.arange(2000) < 19)
 
 
@@ -895,6 +895,13 @@ def test_verdict_figures_by_hand():
     row = rows["accuracy stays within 1 point", "changed"]
     assert set(row["runs"]) == {run.name for run in base + other}
     assert row["note"] == f"the interval {'includes' if row['ci95'][0] <= 0 <= row['ci95'][1] else 'excludes'} 0"
+    gaps = [100 * np.mean([kind(run).confidence - kind(run).correct for run in arm])
+            for kind in (lambda run: run.raw, lambda run: run.scaled) for arm in (base, other)]  # fmt: skip
+    words = "confidence - accuracy is {:+.1f} and {:+.1f} points, after temperature scaling {:+.1f} and {:+.1f}"
+    assert rows["calibration improves", "changed"]["note"] == words.format(*gaps)
+    for run in base + other:
+        run.values["confident_errors_scaled"] = 0.01 if run in base else 0.02
+    assert evaluate.confident_errors(other, base) == "after temperature scaling 1.00 and 2.00 %"
     other[0].stress = evaluate.Stress(*(part[:, :500] for part in other[0].stress))
     row = verdict_of(base, other)["less accuracy lost to corruption", "changed"]
     assert "with the same --stress-images" in row["note"]
@@ -917,7 +924,7 @@ def test_verdict_what_has_no_figure_says_why():
         assert (row["figure"] is None) == (row["note"] != "")
     for before, after, expected in ((0, 0.1, True), (0.1, 0.2, True), (0, 0.01, False), (0.1, 0.1, False)):
         arms = [[run_of(*random_case(200), smoothing=a)] for a in (before, after)]
-        assert bool(evaluate.highest_target(*reversed(arms))) == expected, (before, after)
+        assert ("by construction" in evaluate.confident_errors(*reversed(arms))) == expected, (before, after)
 
 
 # ---- stress --------------------------------------------------------------------------------------------------------
@@ -1058,7 +1065,7 @@ def test_chain_report():
     first, changed = (copy_of_run(name, "*.pt", "*.png", number=k) for k, name in enumerate(("base-x1", "changed-x1")))
     _, printed = without_drawing(evaluate.main, first, twin, changed)
     text = (changed / "report.md").read_text()
-    assert "  mean of 2" in printed and "|   ensemble |" in text and "| control: another seed |" in text
+    assert "  mean of 2" in printed and "|   ensemble of 2 |" in text and "| control: another seed |" in text
     assert "Here there are 2 of base and 1 of changed." in text  # names without what all share
     same, taken = ["a-x1"], ["a-b-c", "a-c-b"]
     assert evaluate.without_shared_words(same) == same and evaluate.without_shared_words(taken) == taken
