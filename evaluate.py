@@ -107,10 +107,12 @@ COMPARISONS = [  # changed minus baseline
           "", "the same after temperature scaling: is it more than a general loss of confidence?"),
     Claim("calibration improves", "below", lambda runs, base: miscalibration(runs),
           "calibration has been improved", "distance of mean confidence from accuracy",
-          remark=lambda runs, base: signed_gaps(runs, base)),
+          remark=lambda runs, base: "confidence - accuracy is {:+.1f} and {:+.1f} points, after temperature scaling "
+          "{:+.1f} and {:+.1f}".format(*before_and_after(runs, base, "signed_gap", "signed_gap_scaled"))),
     Claim("less accuracy lost to corruption", "above", lambda runs, base: corruption_effect(runs, base),
           "slight boost to robustness", "accuracy under 12 x 5 corruptions minus clean accuracy", needs="stress",
-          remark=lambda runs, base: corrupted_accuracy(runs, base)),
+          remark=lambda runs, base: "corrupted accuracy is {:.1f} and {:.1f} %".format(
+              *before_and_after(runs, base, "corrupted"))),
 ]  # fmt: skip
 ABOUT_ONE = [  # for the baseline and for the changed recipe, side by side
     Claim("validation accuracy falls again", "below", each(lambda run: late_change(run, "val_acc")),
@@ -133,7 +135,8 @@ ABOUT_ONE = [  # for the baseline and for the changed recipe, side by side
           "attention is often focused on the background",
           "share of confident failures that lose more confidence without their border than without their centre, "
           "minus that share of correct predictions of like confidence", needs="attention",
-          remark=lambda runs, base: failures_measured(runs)),
+          remark=lambda runs, base: f"{sum(run.attention[1].sum() for run in runs):,} of "
+          f"{sum(run.raw.failures.sum() for run in runs):,} failures measured"),
     Claim("confident failures are doubtful images", "above",
           each(lambda run: contrast(DOUBTFUL, run.raw.failures, run.raw.sure_hits)),
           "highly confident errors on ambiguous images",
@@ -318,11 +321,9 @@ def trust(val, test):
     right, and their accuracy. sets: all classes with p >= t, t such that 90 % of the validation images' sets hold
     the true class (split conformal, Sadinle et al., arXiv:1609.00451): the share of test images whose set holds it,
     the mean number of classes, and the share in the worst class, since the promise is only on average. NaN where
-    undefined, as with fewer than 100 validation images.
+    undefined.
     """
     names, n = ("answers", "answers_accuracy", "set_coverage", "set_size", "set_worst_class"), len(val.labels)
-    if n < 100:
-        return dict.fromkeys(names, math.nan)
     order = np.argsort(-val.confidence, kind="stable")
     good = np.flatnonzero(np.cumsum(val.correct[order]) / np.arange(1, n + 1) >= 0.95)
     answered = test.confidence >= (val.confidence[order[good[-1]]] if len(good) else math.inf)
@@ -336,7 +337,7 @@ def trust(val, test):
 class Run:
     """A trained run on the test images, as the rest of this file sees it."""
 
-    def __init__(self, folder, config, name, logits, labels, temperature, trust=None):
+    def __init__(self, folder, config, name, logits, labels, temperature, trust):
         self.folder, self.config, self.name, self.labels = folder, config, name, labels
         self.dataset, self.seed = config["dataset"], config["args"].get("seed")
         self.class_names = class_names(self.dataset)
@@ -352,8 +353,8 @@ class Run:
         if self.official:
             self.values["accuracy_without_duplicates"] = float(self.raw.correct[~DUPLICATES].mean())
 
-    def table(self, name, made_by, columns):
-        """The rows of a CSV file in the folder. [] without it; what is damaged or foreign costs its own rows alone."""
+    def table(self, name, made_by, columns, parse=list):
+        """parse(rows) of a CSV file in the folder; [] without it. What is damaged or foreign is left out."""
         path, what, images = self.folder / name, "a table of this run", range(len(self.labels))
         if not path.exists():
             return []
@@ -363,10 +364,10 @@ class Run:
             with utils.reading(path, made_by, what):
                 utils.require(all(row.get("checkpoint") == known for row in rows), "it belongs to another best.pt")
                 utils.require(all(row.get("index", 0) in images for row in rows), "no such test image")
+                return parse(rows)
         except ScriptError as error:
             warn(f"{error}; left out")
             return []
-        return rows
 
     @functools.cached_property
     def log(self):
@@ -502,9 +503,9 @@ def chance_inside(confusion):
     return float(independent[inside].sum() / independent.sum()) if independent.any() else math.nan
 
 
-def before_and_after(runs, baselines, metric):
-    """Mean of a metric over the baselines, and over the changed runs, in percent."""
-    return (100 * np.mean([run.values[metric] for run in arm]) for arm in (baselines, runs))
+def before_and_after(runs, baselines, *metrics):
+    """Of each metric: its mean over the baselines, and over the changed runs, in percent."""
+    return [100 * np.mean([values_of(run)[key] for run in arm]) for key in metrics for arm in (baselines, runs)]
 
 
 def confident_errors(runs, baselines):
@@ -517,36 +518,18 @@ def confident_errors(runs, baselines):
     return why + "after temperature scaling {:.2f} and {:.2f} %".format(*scaled)
 
 
-def signed_gaps(runs, baselines):
-    raw, scaled = (before_and_after(runs, baselines, metric) for metric in ("signed_gap", "signed_gap_scaled"))
-    text = "confidence - accuracy is {:+.1f} and {:+.1f} points, after temperature scaling {:+.1f} and {:+.1f}"
-    return text.format(*raw, *scaled)
-
-
-def corrupted_accuracy(runs, baselines):
-    hits = [[run.stress.correct[KINDS == "corruption"].mean() for run in arm] for arm in (baselines, runs)]
-    return "corrupted accuracy is {:.1f} and {:.1f} %".format(*(100 * np.mean(part) for part in hits))
-
-
 def worst_animals(runs):
     worst = [np.argsort(np.diag(run.confusion), kind="stable")[:10] for run in runs]  # equally many images a class
     return f"{SMALL[worst].sum(1).mean():.1f} of the ten worst classes, by chance {len(SMALL_ANIMALS) / 10:g}"
-
-
-def failures_measured(runs):
-    measured = sum(run.attention[1].sum() for run in runs)
-    return f"{measured:,} of {sum(run.raw.failures.sum() for run in runs):,} failures measured"
 
 
 # ---- stress ---------------------------------------------------------------------------------------------
 
 GROUPS = {"noise": CORRUPTIONS[:3], "blur": CORRUPTIONS[3:6], "weather": CORRUPTIONS[6:8], "digital": CORRUPTIONS[8:]}
 EPSILONS = (0.25, 1, 2, 8)  # bounds of the attack: largest change of a pixel, in 1/255
-CONDITIONS = (  # (kind, name, strength): the rows of stress.csv and of the two arrays
-    [("clean", "", 0)]
-    + [("corruption", name, severity) for name in CORRUPTIONS for severity in range(1, 6)]
-    + [("pgd", "", epsilon) for epsilon in EPSILONS]
-)
+# (kind, name, strength): the rows of stress.csv and of the two arrays
+CONDITIONS = [("clean", "", 0), *(("corruption", name, severity) for name in CORRUPTIONS for severity in range(1, 6))]
+CONDITIONS += [("pgd", "", epsilon) for epsilon in EPSILONS]
 KINDS, NAMES, STRENGTHS = map(np.array, zip(*CONDITIONS))  # (65,) each
 
 
@@ -597,25 +580,20 @@ def measure_stress(run, args):
 
 def read_stress(run):
     """The Stress that was saved for this best.pt, or None."""
-    path, what = run.folder / "stress.csv", "stress results"
     made_by = f"python evaluate.py {utils.quote(run.folder)} --stress"
-    rows = run.table("stress.csv", made_by, {"images": int, "accuracy": float, "checkpoint": str})
-    if not rows:
-        return None
-    try:
-        with utils.reading(path, made_by, what):
-            utils.require(len(rows) == len(CONDITIONS), f"{len(rows)} conditions instead of {len(CONDITIONS)}")
-            labels = run.labels[first_of_each_class(run.labels, rows[0]["images"])]
-            shape = (len(CONDITIONS), len(labels))
-            preds = utils.read_npy(run.folder / "stress_preds.npy", made_by, what, shape, "u")
-            confidence = utils.read_npy(run.folder / "stress_confidence.npy", made_by, what, shape, "f")
-            correct = preds == labels
-            same = np.allclose([row["accuracy"] for row in rows], correct.mean(1), atol=1e-5)
-            utils.require(same, "it does not fit stress_preds.npy")
-    except ScriptError as error:
-        warn(f"{error}; left out")
-        return None
-    return Stress(correct, confidence)
+
+    def parse(rows):
+        utils.require(len(rows) == len(CONDITIONS), f"{len(rows)} conditions instead of {len(CONDITIONS)}")
+        labels = run.labels[first_of_each_class(run.labels, rows[0]["images"])]
+        shape, what = (len(CONDITIONS), len(labels)), "stress results"
+        preds = utils.read_npy(run.folder / "stress_preds.npy", made_by, what, shape, "u")
+        confidence = utils.read_npy(run.folder / "stress_confidence.npy", made_by, what, shape, "f")
+        correct = preds == labels
+        same = np.allclose([row["accuracy"] for row in rows], correct.mean(1), atol=1e-5)
+        utils.require(same, "it does not fit stress_preds.npy")
+        return Stress(correct, confidence)
+
+    return run.table("stress.csv", made_by, {"images": int, "accuracy": float, "checkpoint": str}, parse) or None
 
 
 # ---- tables ---------------------------------------------------------------------------------------------
@@ -730,9 +708,7 @@ def print_table(header, rows):
         if len(name) > widths[0]:
             print(name)
             name = ""
-        line = " ".join([name.ljust(widths[0]), *(text.rjust(width) for text, width in zip(cells, widths[1:]))])
-        if line.strip():
-            print(line.rstrip())
+        print(" ".join([name.ljust(widths[0]), *(text.rjust(width) for text, width in zip(cells, widths[1:]))]))
 
 
 def print_scores(runs, arms):
@@ -1097,13 +1073,6 @@ def verdict_table(study, claims, columns):
     return markdown(["the study says", "tested as", "the figure is", *columns], rows)
 
 
-def answers(study):
-    """How many answers each recipe can give."""
-    shares = [np.mean([run.trust["answers"] for run in arm]) for arm in study.arms]
-    found = [f"{name} {100 * share:.0f} %" for name, share in zip(study.recipes, shares) if math.isfinite(share)]
-    return f"Share of the images that may be answered so: {', '.join(found)}." if found else ""
-
-
 def superclass_table(study):
     rows = []
     for k, superclass in enumerate(SUPERCLASSES):
@@ -1156,15 +1125,17 @@ def report(study):
     if study.folder.resolve().is_relative_to(HERE / "results"):
         commands = commands.replace(" results/", " runs/")  # where train.py writes what was published there
 
+    shares = [100 * np.mean([run.trust["answers"] for run in arm]) for arm in arms]
+    answers = ", ".join(f"{name} {share:.0f} %" for name, share in zip(study.recipes, shares))
     count = f"{first.stress.correct.shape[1]:,} " if first.stress else ""
 
-    scores, published = score_lines(arms), []
+    scores = score_lines(arms)
     if not synthetic and any(STUDY.items() <= utils.recipe(arm[0].config).items() for arm in arms):
-        published = [("the study (smoothing 0.1)", PUBLISHED, "")]
+        scores.insert(0, ("the study (smoothing 0.1)", PUBLISHED, ""))
 
-    def table(columns, more=()):
+    def table(columns):
         """A line for each column, then the table."""
-        rows = score_rows([*more, *scores], columns)
+        rows = score_rows(scores, columns)
         explained = "\n".join(f"- {column}: {meaning}." for column, (_, meaning) in columns.items())
         return [explained, markdown(["in %", "accuracy [95 %]", *columns], rows)] if rows else []
 
@@ -1187,7 +1158,7 @@ def report(study):
         "Accuracy: share of the test images that are classified correctly. Its interval covers the choice of test "
         "images, not the seed. Deviation: standard deviation between the seeds. Ensemble: the mean probability of the "
         "runs. NLL, Brier and T are not in percent.",
-        *table(CLASSIFICATION, published),
+        *table(CLASSIFICATION),
         *table(CALIBRATION),
         f"## 4. Confident failures{synthetic}",
         *table(FAILURES),
@@ -1227,7 +1198,8 @@ def report(study):
         f"## 9. May I trust it?{synthetic}",
         "Two promises, set on validation images and tried on test images: 95 of 100 answers are right, if only "
         "confident images are answered; 90 of 100 sets of likely classes hold the true class. Neither holds where "
-        "images differ from the training images, as in section 8. " + answers(study),
+        "images differ from the training images, as in section 8. "
+        f"Share of the images that may be answered so: {answers}.",
         *table(TRUST),
         study.picture(first, "reliability.png", evaluate),
         f"## 10. Limits{synthetic}",

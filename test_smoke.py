@@ -633,7 +633,7 @@ def random_case(n=400, spread=3.0):
 
 def run_of(logits, labels, seed=42, name="run", temperature=1.0, dataset="synthetic", **args):
     config = {"args": {"seed": seed, **args}, "dataset": dataset}
-    return evaluate.Run(Path("nowhere"), config, name, logits, labels, temperature)
+    return evaluate.Run(Path("nowhere"), config, name, logits, labels, temperature, {})
 
 
 def test_metrics_against_loops():
@@ -744,9 +744,9 @@ def test_metrics_trust_against_loops():
         coverage.append(evaluate.trust(*parts)["set_coverage"])
     assert abs(np.mean(coverage) - 0.9) < 0.01, np.mean(coverage)
     eye, labels = 20.0 * np.eye(100), np.arange(100)
-    wrong, few = evaluate.Scores(eye, (labels + 1) % 100), evaluate.Scores(eye[:99], labels[:99])
+    wrong = evaluate.Scores(eye, (labels + 1) % 100)
     assert evaluate.trust(evaluate.Scores(eye, labels), other)["answers"] is not None  # no error at all
-    assert evaluate.trust(wrong, other)["answers"] == 0 and np.isnan(list(evaluate.trust(few, test).values())).all()
+    assert evaluate.trust(wrong, other)["answers"] == 0
 
 
 # ---- the verdict ---------------------------------------------------------------------------------------------------

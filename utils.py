@@ -233,7 +233,7 @@ def write_file(path, content):
         raise ScriptError(f"cannot write {path} ({error.strerror or error}); {advice}", code=1) from None
     finally:
         with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
+            partial.unlink()
 
 
 def rounded(value):
@@ -334,10 +334,7 @@ def last_run():
 
 
 def open_run(text, writable=True):
-    """(path, config.json as a dict) of a run directory, from what the user typed; None: last_run().
-
-    writable: must it be?
-    """
+    """(path, config.json as a dict) of the run that the user typed; None: last_run(). writable: must it be?"""
     run_dir = Path(os.path.expanduser(text)) if text is not None else last_run()
     if run_dir.is_file():
         raise ScriptError(f"{run_dir} is a file; name the run directory, such as {run_dir.parent}")
