@@ -104,15 +104,15 @@ COMPARISONS = [  # changed minus baseline
           "failure cases identified previously have less confidence",
           "confidence on the confident failures of baselines with other seeds"),
     Claim("the same, temperature-scaled", "below", lambda runs, base: on_failures(runs, base, "scaled"),
-          "", "the same after temperature scaling: is it more than a general loss of confidence?"),
+          "", "the same after temperature scaling; the next row says how confidence as a whole still differs"),
     Claim("calibration improves", "below", lambda runs, base: miscalibration(runs),
           "calibration has been improved", "distance of mean confidence from accuracy",
           remark=lambda runs, base: "confidence - accuracy is {:+.1f} and {:+.1f} points, after temperature scaling "
           "{:+.1f} and {:+.1f}".format(*before_and_after(runs, base, "signed_gap", "signed_gap_scaled"))),
     Claim("less accuracy lost to corruption", "above", lambda runs, base: corruption_effect(runs, base),
           "slight boost to robustness", "accuracy under 12 x 5 corruptions minus clean accuracy", needs="stress",
-          remark=lambda runs, base: "corrupted accuracy is {:.1f} and {:.1f} %".format(
-              *before_and_after(runs, base, "corrupted"))),
+          remark=lambda runs, base: "corrupted accuracy is {:.1f} and {:.1f} %, clean {:.1f} and {:.1f} %".format(
+              *before_and_after(runs, base, "corrupted", "clean"))),
 ]  # fmt: skip
 ABOUT_ONE = [  # for the baseline and for the changed recipe, side by side
     Claim("validation accuracy falls again", "below", each(lambda run: late_change(run, "val_acc")),
@@ -137,11 +137,11 @@ ABOUT_ONE = [  # for the baseline and for the changed recipe, side by side
           "minus that share of correct predictions of like confidence", needs="attention",
           remark=lambda runs, base: f"{sum(run.attention[1].sum() for run in runs):,} of "
           f"{sum(run.raw.failures.sum() for run in runs):,} failures measured"),
-    Claim("confident failures are doubtful images", "above",
+    Claim("confident failures are more often doubtful", "above",
           each(lambda run: contrast(DOUBTFUL, run.raw.failures, run.raw.sure_hits)),
           "highly confident errors on ambiguous images",
           "share of confident failures whose label fewer than 3 of 5 people uphold, minus that share of confident hits",
-          needs="official", remark=lambda runs, base: "people looked where a network disagreed, which inflates this"),
+          needs="official", remark=lambda runs, base: "inflated: people looked where networks disagreed, not at hits"),
 ]  # fmt: skip
 
 
@@ -637,7 +637,7 @@ TRUST = {
     "right": ("answers_accuracy", "accuracy of these answers"),
     "sets hold": ("set_coverage", "how often the true class is in the set of likely classes; the aim is 90 %"),
     "set size (classes)": ("set_size", "classes in such a set, on average"),
-    "worst class": ("set_worst_class", "how often in the worst class, since the promise is only on average"),
+    "worst class": ("set_worst_class", "how often in the worst class, about 82 if the promise held for each class"),
 }
 BRIEF = {name: (CLASSIFICATION | CALIBRATION)[name] for name in ("no dup.", "F1", "top-5", "conf.err", "ECE", "T")}
 DECIMALS = {"nll": 3, "brier": 3, "temperature": 3, "nll_scaled": 3, "set_size": 2, "failures": 0, "doubtful": 0}
@@ -841,7 +841,7 @@ def draw_verdict(study):
     for arm, color in zip(study.arms, COLORS):
         axes.plot([], [], "o", color=color, markersize=4, label=f"runs of {arm[0].name}")
     axes.set(xlim=(-1.2, 1.2), ylim=(len(rows) - 0.5, -0.5), xticks=[])
-    axes.set_xlabel("line: 95 % interval; to the right, shaded: as claimed, up or down; each row has its own scale")
+    axes.set_xlabel("line: 95 % interval; shaded: as claimed (a claimed fall points right); each row has its own scale")
     axes.set_yticks(range(len(rows)), names, fontsize=9)
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
@@ -1055,7 +1055,7 @@ def fates(study, made_by):
         f"What the runs predict on the mistakes of {first.name} that its failures.csv lists:",
         markdown(counted, outcomes),
         "Mistakes that were picked for their confidence in one run look better in any other run. The control shows by "
-        "how much. Only the difference from the control is an effect of the change.",
+        "how much. Compare it with changed runs of other seeds than these mistakes: equal seeds make runs alike.",
     ]
     return [
         *(compared if len(study.runs) > 1 else []),
@@ -1171,9 +1171,9 @@ def report(study):
         f"## 6. What the change did{synthetic}",
         "*Supported*: the 95 % interval lies wholly where the claim says. *Contradicted*: it lies wholly elsewhere. "
         "*Not decided*: neither, or there is no interval. It covers the randomness of training and, for figures of "
-        "test images, their choice, and needs two seeds of each recipe. Equal numbers, fixed beforehand, are the "
-        "rule: seeds added after a look at the "
-        f"first can tip a verdict.{unequal} The thirteen claims are not corrected for their number.",
+        "test images, their choice, and needs two seeds of each recipe. Equal numbers, fixed beforehand, are the rule: "
+        f"seeds added after a look at the first can tip a verdict.{unequal} The intervals are not corrected for their "
+        "number: one in twenty misses the truth.",
         verdict_table(study, COMPARISONS, ["before (%)", "after (%)", "change [95 %]"])
         if others
         else "A comparison needs two recipes.",
@@ -1186,26 +1186,26 @@ def report(study):
         f"The pairs of classes that {first.name} confuses most: errors in both directions, on the 200 images of the "
         "two, means over the seeds.",
         pairs_table(study),
-        "Accuracy of classes, means over the seeds; per_class.csv of each run has all. Of 100 images a class, up to 20 "
-        f"points between two single runs are noise, less between means. The picture shows {first.name} alone.",
+        "Accuracy of classes, means over the seeds; per_class.csv of each run has all. Published runs of one recipe "
+        "differ by up to 17 points in a class, so between means of three about 10 are noise. The picture shows "
+        f"{first.name} alone.",
         classes_table(study),
         study.picture(first, "per_class.png", evaluate),
         f"## 8. Stress{synthetic}",
-        f"On {count}test images, the first of each class. The corruptions are in the style of CIFAR-100-C, 12 of its "
-        "15, re-implemented, so they do not compare with a published mCE. One attack does not measure robustness.",
+        f"On {count}test images, equally many of each class. The corruptions are in the style of CIFAR-100-C, 12 of "
+        "its 15, re-implemented, so they do not compare with a published mCE. One attack does not measure robustness.",
         *table(STRESS),
         study.picture(last, "stress.png", measure),
         f"## 9. May I trust it?{synthetic}",
         "Two promises, set on validation images and tried on test images: 95 of 100 answers are right, if only "
-        "confident images are answered; 90 of 100 sets of likely classes hold the true class. Neither holds where "
-        "images differ from the training images, as in section 8. "
-        f"Share of the images that may be answered so: {answers}.",
+        "confident images are answered; 90 of 100 sets of likely classes hold the true class. Neither covers other "
+        f"images, such as those of section 8. Share of the images that may be answered so: {answers}.",
         *table(TRUST),
         study.picture(first, "reliability.png", evaluate),
         f"## 10. Limits{synthetic}",
         f"Seeds: {seeds}. Where seeds differ as in the published runs (0.25 points), two seeds of each recipe show a "
-        "change of two points of accuracy nine times in ten, one of one point in half of the cases. Three show one of "
-        "a point nine times in ten. Half a point needs more than five.",
+        "change of 2 points of accuracy nine times in ten, one of 1 point every other time. Three show 1 point nine "
+        "times in ten. Half a point needs more than five.",
         "Words of the study that are not tested: \"background\" (the border is only near to it), \"human "
         "intuition\", \"barely noticeable differences\".",
         "Some test labels are wrong (section 4). Some test images have near-duplicates in training (section 3).",

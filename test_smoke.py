@@ -889,7 +889,7 @@ def test_verdict_figures_by_hand():
          *[means(lambda run: run.raw.correct[part].mean())[0] for part in (~small, small)]),
         (("errors are mostly in the superclass", "baseline"), 0,
          means(lambda run: run.raw.same_superclass[~run.raw.correct].mean())[0]),
-        (("confident failures are doubtful images", "baseline"), *np.mean(doubtful, 0)),
+        (("confident failures are more often doubtful", "baseline"), *np.mean(doubtful, 0)),
     ):  # fmt: skip
         assert math.isclose(rows[text, name]["figure"], second - first, rel_tol=1e-6, abs_tol=1e-9), text
     row = rows["accuracy stays within 1 point", "changed"]
@@ -917,7 +917,7 @@ def test_verdict_what_has_no_figure_says_why():
         ((sharp, mild), ("less accuracy lost to corruption", "changed"), "needs --stress"),
         ((sharp, []), ("validation loss rises again", "baseline"), "needs log.csv"),
         ((sharp, []), ("failures rely more on the border", "baseline"), "failures.py and gradcam.py"),
-        ((sharp, []), ("confident failures are doubtful images", "baseline"), "test images of CIFAR-100"),
+        ((sharp, []), ("confident failures are more often doubtful", "baseline"), "test images of CIFAR-100"),
     ):
         row = quietly(verdict_of, base, changed)[0][key]
         assert note in row["note"] and row["ci95"] is None and row["word"] == "not decided", (key, row)
