@@ -80,10 +80,12 @@ def test_published_numbers_in_readme():
     assert checked > 20
     full = {name: [runs[name], *(run for run in runs.values() if run.name.startswith(f"{name}-seed4"))]
             for name in ("baseline", "smoothing0.1")}  # fmt: skip
-    before, after = (100 * np.mean([data.DOUBTFUL[run.raw.failures].mean() for run in arm]) for arm in full.values())
-    assert f"{before:.0f} % of the confident failures" in readme and f"with smoothing, {after:.0f} %" in readme
-    before, after = (100 - 100 * np.mean([run.trust["answers"] for run in arm]) for arm in full.values())
-    assert f"must refuse {after:.0f} % of the images; without smoothing, {before:.0f} %" in readme
+    counts = [np.mean([[(run.raw.failures & part).sum() for part in (True, data.DOUBTFUL)] for run in arm], 0)
+              for arm in full.values()]  # fmt: skip
+    words = "Of {:.0f} confident errors of a full-width network, {:.0f} have a label", "with smoothing, {1:.0f} of {0:.0f}."
+    assert all(text.format(*pair) in readme for text, pair in zip(words, counts)), counts
+    shares = [100 - 100 * np.mean([run.trust["answers"] for run in arm]) for arm in full.values()]
+    assert "must refuse {:.0f} % of the images; with smoothing, {:.0f} %".format(*shares) in readme
 
 
 if __name__ == "__main__":
