@@ -1,22 +1,27 @@
-"""Score trained runs on the CIFAR-100 test set, judge what a change does, and write the report.
+"""Score trained runs on CIFAR-100's test set, judge a change, write the report.
 
-    python evaluate.py runs/baseline                       # one run
-    python evaluate.py runs/baseline runs/baseline-seed43 runs/smoothing0.1 runs/smoothing0.1-seed43
-    python evaluate.py ... --stress                        # corruptions and an attack, too
+    python evaluate.py runs/baseline                     # one run
+    python evaluate.py runs/baseline runs/baseline-seed43 runs/smoothing0.1 ...
+    python evaluate.py ... --stress            # corruptions and an attack, too
 
-Runs of one recipe differ in the seed alone. The first recipe is the baseline; every other one gets a verdict on
-what the study says (COMPARISONS and ABOUT_ONE below).
+Runs of one recipe differ in the seed alone. The first recipe is the baseline;
+every other one gets a verdict on what the study says (COMPARISONS, ABOUT_ONE).
 
-The idea: a metric is a value for each test image, and their mean is the run's figure. So a recipe is a matrix
-(runs, images), a comparison is arithmetic on two matrices, and one function, estimate(), makes every interval.
-To add a metric, add a line to Scores.means(). To add a claim, add an entry to COMPARISONS or ABOUT_ONE.
+The idea: a metric is a value for each test image, and their mean is the run's
+figure. So a recipe is a matrix (runs, images), a comparison is arithmetic on
+two matrices, and one function, estimate(), makes every interval. To add a
+metric, add a line to Scores.means(). To add a claim, add an entry to
+COMPARISONS or ABOUT_ONE.
 
-Writes into each run directory test_logits.npy (10000, 100) float32 and test_labels.npy (10000,) int64, where row
-i is test image i; the same for the validation images; metrics.json (fractions; 95 % intervals of means under
-ci95); confusion.npy (row = true class, column = predicted) and .png, per_class.csv and .png, reliability.png.
---stress adds stress_preds.npy, stress_confidence.npy (65 conditions, N) and stress.csv. The first run of each
-changed recipe (of a recipe alone: its first run) gets verdict.json, report.md and its pictures. Logits that are
-there are not computed again.
+Writes into each run directory test_logits.npy (10000, 100) float32 and
+test_labels.npy (10000,) int64, where row i is test image i; the same for the
+validation images; metrics.json (fractions; 95 % intervals of means: ci95);
+confusion.npy (row = true class, column = predicted), per_class.csv, a picture
+of each, and reliability.png. --stress adds stress.csv, stress_preds.npy and
+stress_confidence.npy (65 conditions, N). The first run of each changed recipe
+(of a recipe alone: its first run) gets verdict.json, report.md and pictures.
+Logits that are there are not computed again. Tables name runs without the
+flags that all of them share.
 """
 
 import collections

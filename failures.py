@@ -1,9 +1,9 @@
 """Find the mistakes that a run is sure of, and what other runs predict there.
 
-    python failures.py                                   # of the run trained last
-    python failures.py runs/baseline --compare runs/smoothing0.1 runs/baseline-seed43
+    python failures.py                                # of the run trained last
+    python failures.py RUN --compare runs/smoothing0.1 runs/baseline-seed43
 
-Reads the logits that evaluate.py saved, and writes into RUN failures.csv, a row
+Reads the logits that evaluate.py saved; writes into RUN failures.csv, a row
 per test image that is wrong with confidence above 0.90, the most confident
 first, and failures.png. gradcam.py shows what the network looked at there.
 
@@ -12,8 +12,8 @@ Failures picked for their confidence in one run look better in any other run
 recipe under another seed: what happens there is no effect of a change.
 
 Columns of failures.csv: votes is how many of five people uphold the label
-(Northcutt et al., arXiv:2103.14749), empty where nobody was asked. For each run
-of --compare, after its name: _outcome (repaired, same wrong class, another
+(Northcutt et al., arXiv:2103.14749), empty where nobody was asked. Each run
+of --compare has, after its name: _outcome (repaired, same wrong class, another
 wrong class), _predicted and _confidence. checkpoint: SHA-256 of RUN's best.pt.
 """
 

@@ -1,6 +1,6 @@
-"""Show what a trained network looks at: Grad-CAM, by a forward and a backward hook.
+"""Show what a network looks at: Grad-CAM, by a forward and a backward hook.
 
-    python gradcam.py                                  # confident failures of the run trained last
+    python gradcam.py                         # failures of the run trained last
     python gradcam.py runs/baseline --compare runs/smoothing0.1
     python gradcam.py runs/baseline --index 3 141      # images of the test set
     python gradcam.py runs/baseline --image photo.png  # any picture
@@ -11,12 +11,13 @@ output and y^c the logit of class c,
     alpha_k^c = mean over the cells (i, j) of  d y^c / d A^k_ij
     map^c     = sum over k of  alpha_k^c A^k     and  Grad-CAM = ReLU(map^c)
 
-The forward hook keeps A, the backward hook the gradient. Where a network ends in
-mean-pooling and a linear layer, the last map is the logit, spread over the cells:
-its sum plus the bias of class c is y^c. So the difference of two classes' maps
-shows where the lead of one comes from. In CIFAR's ResNet-18 that layer, layer4,
-has 4x4 cells of 8x8 pixels, and each has seen the whole image: a rough direction,
-no outline. --layer layer3 has 8x8 cells and lacks that identity.
+The forward hook keeps A, the backward hook the gradient. Where a network ends
+in mean-pooling and a linear layer, the last map is the logit, spread over the
+cells: its sum plus the bias of class c is y^c. So the difference of two
+classes' maps shows where the lead of one comes from. In CIFAR's ResNet-18 that
+layer, layer4, has 4x4 cells of 8x8 pixels, and each has seen the whole image:
+a rough direction, no outline. --layer layer3 has 8x8 cells and lacks that
+identity.
 
 Writes into the run directory:
     gradcam.png    a row per representative failure: maps for the predicted and
