@@ -1,6 +1,6 @@
 """Show what a network looks at: Grad-CAM, by a forward and a backward hook.
 
-    python gradcam.py                         # failures of the run trained last
+    python gradcam.py                        # failures of the run trained last
     python gradcam.py runs/baseline --compare runs/smoothing0.1
     python gradcam.py runs/baseline --index 3 141      # images of the test set
     python gradcam.py runs/baseline --image photo.png  # any picture

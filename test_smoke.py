@@ -623,6 +623,21 @@ def test_utils_wilson_interval_and_softmax():
     assert np.allclose(np.exp(utils.log_softmax(logits)), [[1 / 4, 3 / 4], [1 / 2, 1 / 2], [0, 1]])
 
 
+def test_utils_progress_by_a_clock_of_its_own():
+    """A terminal gets one line, redrawn; a pipe whole lines, every 30 s; the time left counts what comes later."""
+    note = "{} in {} s".format
+    for terminal, lines in ((True, ["1/4: 1 in 10 s, 0:01:10", "2/4: 2 in 20 s, 0:01:00", "3/4: 3 in 30 s, 0:00:50"]),
+                            (False, ["3/4: 3 in 30 s, 0:00:50"])):  # fmt: skip
+        out, clock = io.StringIO(), unittest.mock.Mock(side_effect=[0, 0, 10, 20, 30])
+        out.isatty = lambda terminal=terminal: terminal
+        with replaced(utils, "time", unittest.mock.Mock(monotonic=clock)), contextlib.redirect_stdout(out):
+            assert list(utils.track("abcd", "thing", note, later=4)) == list("abcd")
+        shown = [line.strip() for line in re.split("[\r\n]", out.getvalue())]
+        assert [line for line in shown if line] == [f"thing {line} left" for line in lines]
+        assert ("\r" in out.getvalue()) == terminal and ("\n" in out.getvalue()) != terminal
+    assert [*map(utils.duration, (59.6, 16270))] == ["0:01:00", "4:31:10"]
+
+
 def random_case(n=400, spread=3.0):
     """(logits (n, 100), labels) with about half of them right; rounded so that there are ties."""
     rng = np.random.default_rng(0)
