@@ -1151,8 +1151,8 @@ def report(study):
         settings(study),
         setup_table(study),
         "The study is \"Stress-testing of convolutional neural networks on CIFAR-100\", "
-        "https://github.com/gautamkushwaha/DL_Team_Assignment_1. It trained one ResNet-18 of 11,220,132 parameters "
-        "with label smoothing 0.1. To another change its sentences are only questions.",
+        "https://github.com/gautamkushwaha/DL_Team_Assignment_1. It trained one ResNet-18, with label smoothing 0.1. "
+        "To another change its sentences are only questions.",
         f"## 2. Training{synthetic}",
         study.picture(last, "training.png", evaluate),
         "Training figures are of augmented images. Where a recipe smooths or mixes, the loss is that of such targets "
