@@ -86,7 +86,7 @@ def train_epoch(args, epoch, images, labels, net, optimizer, scaler, mixed_preci
     loss_sum, hits = torch.zeros((2,), device=images.device)  # summed there: .item() waits for the device
     net.train()
 
-    def note(done, seconds):
+    def note(done, seconds):  # .item() waits for the device: twice a second at most
         return f"loss {loss_sum.item() / done:.3f}, {done * args.batch_size / seconds:,.0f} images/s"
 
     for i in utils.track(range(steps), f"epoch {epoch}/{args.epochs}, step", note, (args.epochs - epoch) * steps):
