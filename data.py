@@ -94,7 +94,8 @@ def epoch_plan(seed, epoch, n):
     device and after every restart. epoch counts from 1; 0 is the split.
     """
     rng = np.random.default_rng([seed, epoch])
-    plan = rng.permutation(n), rng.integers(0, 9, (n, 2)), rng.random(n) < 0.5
+    order = rng.permutation(n).astype(np.int64)  # int32 from NumPy 1 on Windows
+    plan = order, rng.integers(0, 9, (n, 2)), rng.random(n) < 0.5
     return tuple(torch.from_numpy(part) for part in plan)
 
 
@@ -155,7 +156,7 @@ def split_train_val(labels, val_size, seed):
 
     labels: (N,) int64 with equally many of each class. val_size: a multiple of 100.
     """
-    order = np.random.default_rng([seed, 0]).permutation(len(labels))
+    order = np.random.default_rng([seed, 0]).permutation(len(labels)).astype(np.int64)
     by_class = order[np.argsort(labels.numpy()[order], kind="stable")].reshape(NUM_CLASSES, -1)
     val, train = np.split(by_class, [val_size // NUM_CLASSES], axis=1)
     return torch.from_numpy(np.sort(train.ravel())), torch.from_numpy(np.sort(val.ravel()))
@@ -263,7 +264,7 @@ def load_synthetic(train=True):
     patterns = (shared[SUPERCLASS_OF] + 2 * own) / 3
     n = 50_000 if train else 10_000
     rng = np.random.default_rng([100, 1 + train])
-    labels = rng.permutation(n) % NUM_CLASSES  # balanced, in random order
+    labels = rng.permutation(n).astype(np.int64) % NUM_CLASSES  # balanced, in random order
     others = (labels + rng.integers(1, NUM_CLASSES, n)) % NUM_CLASSES
     share = rng.uniform(0, 0.55, (n, 1, 1, 1))
     blocks = ((1 - share) * patterns[labels] + share * patterns[others]).astype(np.uint8)
@@ -296,7 +297,7 @@ def corrupt(images, name, severity, seed=0):
     images = as_pixels(images)
     require(name in CORRUPTIONS, f"unknown corruption {name!r}; there are {', '.join(CORRUPTIONS)}")
     require(severity in range(1, 6), f"severity {severity!r} is not one of 1, 2, 3, 4, 5")
-    place = CORRUPTIONS.index(name)
+    place, severity = CORRUPTIONS.index(name), int(severity)  # it may be 3.0
     operation, strength = OPERATIONS[place][0], OPERATIONS[place][severity]
     strength = strength if isinstance(strength, tuple) else (strength,)
     corrupted = torch.empty_like(images)
