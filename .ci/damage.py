@@ -83,7 +83,10 @@ def attempt(module, argv):
     process = multiprocessing.get_context("fork").Process(target=answer, args=(theirs, module, argv))
     process.start()
     theirs.close()
-    found = ours.recv() if ours.poll(120) else "hang"
+    try:
+        found = ours.recv() if ours.poll(120) else "hang"
+    except EOFError:  # it ended without an answer
+        found = "crash"
     process.kill() if found == "hang" else process.join()
     return found if process.exitcode in (0, None) or found == "hang" else "crash"
 
@@ -109,7 +112,7 @@ def main(folder, seconds, seed):
     find = (failures, [run, "--threshold", str(np.sort(wrong)[-12])])  # eleven of them
     for module, argv in (find, explain):
         without_drawing(module.main, *argv)
-    unfinished = utils.load_checkpoint(folder / "run/last.pt") | {"finished": False}
+    unfinished = utils.load_checkpoint(folder / "run/last.pt") | {"finished": False, "epoch": 1}
     unfinished["history"] = unfinished["history"][:1]  # so that a resume trains
     Image.fromarray(np.random.default_rng(5).integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(picture)
     table = (  # file, how it is damaged, who reads it, whether it has a checksum
@@ -135,6 +138,7 @@ def main(folder, seconds, seed):
             torch.save(unfinished, path)
         content = path.read_bytes()
         expected = [attempt(*call) for call in calls]
+        assert not {"one line", "hang", "crash"} & {*expected}, (name, expected)
         while time.monotonic() - start < seconds / len(table):
             hurt = damage(content, rng)
             for call, right in zip(calls, expected):

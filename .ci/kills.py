@@ -34,16 +34,16 @@ def main(wanted=20):
         whole = time.monotonic() - begin
         while kills < wanted:
             rounds += 1
-            run_dir, code = Path(folder) / f"tormented {rounds}", None
+            run_dir, code, longest = Path(folder) / f"tormented {rounds}", None, whole
             while code is None:
                 process = start(run_dir)
                 try:
-                    code = process.wait(random.uniform(0.3, 1) * whole)
+                    code = process.wait(random.uniform(0.3, 1) * longest)
                 except subprocess.TimeoutExpired:
                     process.kill()
                     process.wait()
                     kills += 1
-                    whole *= 1.05  # so that it also ends on a machine that becomes busy
+                    longest *= 1.05  # so that it also ends on a machine that becomes busy
                     for checkpoint in run_dir.glob("*.pt"):
                         utils.load_checkpoint(checkpoint)  # whole, the old one or the new one
             assert code == 0 and same_run(run_dir, straight), run_dir
