@@ -205,8 +205,7 @@ def main(argv=None):
 
     images, _ = load_dataset(dataset, data_dir, train=False)
     title = textwrap.fill(f"{run.name}: {what}, {len(rows):,} in all", 90)
-    utils.save_figure(picture, draw, images.numpy(), rows, title, others[0].name if others else None)
-    if picture.exists():
+    if utils.save_figure(picture, draw, images.numpy(), rows, title, others[0].name if others else None):
         print(f"wrote failures.png to {folder}")
     script = "gradcam" if (run.folder / "best.pt").exists() else "evaluate"  # a published run may be without it
     print(f"next: python {script}.py {folder}{utils.data_flag(args)}")

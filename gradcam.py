@@ -402,8 +402,8 @@ def draw(path, run, other, images, labels, target, captions, what=""):
     title = f"{MODELS[run.args['model']]} trained on {TITLES[run.dataset]}, run {run.name}{what}"
     title += f"\nother run: {other.name}" if other else ""
     pair = (other.model, other.layer) if other else None
-    utils.save_figure(path, picture, run.model, images, labels, target, run.layer, run.names, captions, title, pair)
-    if path.exists():
+    arguments = run.model, images, labels, target, run.layer, run.names, captions, title, pair
+    if utils.save_figure(path, picture, *arguments):
         print(f"wrote {utils.quote(path)}")
 
 

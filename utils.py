@@ -156,7 +156,7 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 def add_common_flags(parser, device=True):
-    where = "folder with CIFAR-100, at most two levels down (default: where the run found it, or data)"
+    where = "folder with CIFAR-100, at most two levels down (default: data, or where RUN found it)"
     parser.add_argument("--data-dir", metavar="DIR", help=where)
     if device:
         which = "auto, cpu, cuda, cuda:N or mps; auto takes a GPU if there is one"
@@ -610,9 +610,11 @@ def png(figure):
 
 
 def save_figure(path, draw, *args):
-    """Write draw(*args), a Figure, as a PNG. A picture never stops a script: any failure is one warning."""
+    """Write draw(*args), a Figure, as a PNG; returns whether it did. Any failure is one warning, and stops nothing."""
     try:
         write_file(path, png(draw(*args)))
+        return True
     except Exception as error:  # a broken matplotlibrc, LaTeX that is missing, a full disk
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        warn(f"no {Path(path).name}: {reason}")
+        warn(f"no new {Path(path).name}: {reason}")
+        return False
