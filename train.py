@@ -6,11 +6,11 @@
     python train.py --resume          # continue a run that was stopped
 
 The run directory runs/<name>, named after the flags off their defaults, gets
-config.json, log.csv (a row an epoch), curves.png, last.pt (all that --resume
-needs) and best.pt (the weights of the best validation epoch, for evaluate.py
-and gradcam.py). 10,000 of the 50,000 training images are held out for
-validation; the test set is not touched. A resumed run is bit-identical to an
-undisturbed one on a CPU with as many threads, on a GPU with --deterministic.
+config.json, log.csv (a row an epoch), curves.png, last.pt (the last epoch, for
+--resume) and best.pt (the weights of the best validation epoch, for --resume,
+evaluate.py and gradcam.py). 10,000 of the 50,000 training images are held out
+for validation; the test set is not touched. A resumed run is bit-identical to
+an undisturbed one on a CPU with as many threads, on a GPU with --deterministic.
 """
 
 import contextlib
@@ -158,7 +158,7 @@ def fit(args, device, precision, run_dir, checkpoint):
         row = dict(zip(COLUMNS, (epoch, lr, *training, *validation, seconds, round(speed, 1))))
         history = [*history, row]
         best = best_of(history)
-        stop_early = args.patience > 0 and epoch - best["epoch"] >= args.patience
+        stop_early = epoch < args.epochs and 0 < args.patience <= epoch - best["epoch"]
 
         # last.pt first: after a kill in between, check_best() writes best.pt
         content = {"format": 1, "args": without_places(vars(args)), "epoch": epoch, "split": split}
