@@ -29,7 +29,9 @@ import functools
 import json
 import math
 import os
+import re
 import textwrap
+import urllib.parse
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable
@@ -183,7 +185,8 @@ def judge(claim, runs, baselines=None):
             if claim.side == "within":
                 row["note"] = "the interval excludes 0" if low > 0 or high < 0 else "the interval includes 0"
         if recipes != everyone:
-            row["note"] += f"; of {sum(map(len, recipes))} of the {sum(map(len, everyone))} runs"
+            partly = f"of {sum(map(len, recipes))} of the {sum(map(len, everyone))} runs"
+            row["note"] = "; ".join(filter(None, [row["note"], partly]))
     except Undecided as reason:
         row["note"] = str(reason)
     return row
@@ -383,8 +386,9 @@ class Run:
 
     def occlusions(self):
         """The rows of attention.csv: what hiding the border, and the centre, costs failures and their matched hits."""
-        columns = {"index": int, "group": str, "checkpoint": str, "border_drop": float, "centre_drop": float}
-        return self.table("attention.csv", f"python gradcam.py {utils.quote(self.folder)}", columns)
+        columns = {"pair": int, "index": int, "group": str, "border_drop": float, "centre_drop": float}
+        made_by = f"python gradcam.py {utils.quote(self.folder)}"
+        return self.table("attention.csv", made_by, columns | {"checkpoint": str})
 
     @functools.cached_property
     def attention(self):
@@ -396,10 +400,11 @@ class Run:
         if not rows:
             return None
         border, failed, matched = np.zeros((3, len(self.labels)), bool)
-        for row in rows:
+        sure = {row["pair"] for row in rows if row["group"] == "failure" and self.raw.failures[row["index"]]}
+        for row in [row for row in rows if row["pair"] in sure]:  # failures.py may have listed less confident ones
             border[row["index"]] = row["border_drop"] > row["centre_drop"]
             (failed if row["group"] == "failure" else matched)[row["index"]] = True
-        return border, failed & self.raw.failures, matched & self.raw.correct
+        return border, failed, matched & self.raw.correct
 
     stress = functools.cached_property(lambda self: read_stress(self))  # a Stress, or None
 
@@ -940,6 +945,7 @@ class Study:
         self.first, self.last = arms[0][0], arms[-1][0]
         self.dataset, self.folder = self.first.dataset, self.last.folder
         self.confusions = [np.mean([run.confusion for run in arm], 0) for arm in arms]
+        self.stress_images = {run.stress.correct.shape[1] if run.stress else 0 for run in self.runs}  # 0: not measured
         before, after = utils.recipe(self.first.config), utils.recipe(self.last.config)
         differing = [key for key in before | after if before.get(key) != after.get(key)]
         changes = [f"{key} {after.get(key)} (was {before.get(key)})" for key in differing]
@@ -982,7 +988,7 @@ class Study:
         if not path.exists():
             return f"*Missing: {name} of {run.name}. To make it:* `{command}`"
         target = Path(os.path.relpath(path.resolve(), self.folder.resolve())).as_posix()
-        return f"![{path.stem} of {run.name}]({target.replace(' ', '%20')})"
+        return f"![{path.stem} of {run.name}]({urllib.parse.quote(target)})"
 
 
 def markdown(header, rows):
@@ -1132,7 +1138,7 @@ def report(study):
 
     shares = [100 * np.mean([run.trust["answers"] for run in arm]) for arm in arms]
     answers = ", ".join(f"{name} {share:.0f} %" for name, share in zip(study.recipes, shares))
-    count = f"{first.stress.correct.shape[1]:,} " if first.stress else ""
+    count = " or ".join(f"{number:,}" for number in sorted(study.stress_images - {0}))
 
     scores = score_lines(arms)
     if not synthetic and any(STUDY.items() <= utils.recipe(arm[0].config).items() for arm in arms):
@@ -1170,8 +1176,8 @@ def report(study):
         *fates(study, find),
         f"## 5. What the network looked at{synthetic}",
         study.picture(first, "gradcam.png", explain),
-        "Each cell of a map has seen the whole image: the map and its line are a rough place. In this picture and the "
-        "one before, *other* is the run that the title names.",
+        "Each cell of a map has seen the whole image: the map and its line are a rough place."
+        + (" In this picture and the one before, *other* is the run that the title names." if study.runs[1:] else ""),
         findings(study, "failures rely"),
         f"## 6. What the change did{synthetic}",
         "*Supported*: the 95 % interval lies wholly where the claim says. *Contradicted*: it lies wholly elsewhere. "
@@ -1197,8 +1203,9 @@ def report(study):
         classes_table(study),
         study.picture(first, "per_class.png", evaluate),
         f"## 8. Stress{synthetic}",
-        f"On {count}test images, equally many of each class. The corruptions are in the style of CIFAR-100-C, 12 of "
-        "its 15, re-implemented, so they do not compare with a published mCE. One attack does not measure robustness.",
+        f"Test images: {count or 'none yet'}, equally many of each class. The corruptions are in the style of "
+        "CIFAR-100-C, 12 of its 15, re-implemented, so they do not compare with a published mCE. One attack does not "
+        "measure robustness.",
         *table(STRESS),
         study.picture(last, "stress.png", measure),
         f"## 9. May I trust it?{synthetic}",
@@ -1223,7 +1230,7 @@ def report(study):
 def write_report(study):
     """verdict.json, the pictures that need several runs, and report.md; returns the report's path."""
     pictures = {"training.png": draw_training, "verdict.png": draw_verdict}
-    if all(run.stress for run in study.runs):
+    if 0 not in study.stress_images and len(study.stress_images) == 1:
         pictures["stress.png"] = draw_stress
     publish(study.folder / "verdict.json", {"claims": [row for _, row in study.rows]}, pictures, study)
     utils.write_file(study.folder / "report.md", report(study).encode())
@@ -1235,7 +1242,8 @@ def write_report(study):
 
 def without_shared_words(names):
     """Names of runs without what all have in them: a-lr0.1, a-lr0.1-seed43, b-lr0.1 -> a, a-seed43, b."""
-    words = [name.split("-") for name in names]
+    # a value may be 1e-05, and four flags have two words
+    words = [re.split(r"(?<!batch)(?<!val)(?<!warmup)(?<!weight)-(?!\d)", name) for name in names]
     shared = set.intersection(*map(set, words)) if len(names) > 1 else set()
     short = ["-".join([first, *(word for word in rest if word not in shared)]) for first, *rest in words]
     return short if len(set(short)) == len(names) else names
@@ -1302,20 +1310,23 @@ def main(argv=None):
             if run.stress and len(run.stress.correct[0]) != args.stress_images:
                 found = f"{run.folder} has stress results on {len(run.stress.correct[0])} images"
                 raise ScriptError(f"{found}; give the same --stress-images, or delete its stress.csv")
-        for run in runs:
-            if not run.stress:
-                measure_stress(run, args)
+    unmeasured = [run for run in runs if not run.stress] if args.stress else []
+    for run in unmeasured:
+        measure_stress(run, args)
 
     # the first recipe alone, or every other one against it
     studies = [Study([arms[0], changed]) for changed in arms[1:]] or [Study([arm]) for arm in arms]
     for study in studies:
+        if unmeasured:
+            (study.folder / "stress.png").unlink(missing_ok=True)  # it shows other results
         print_verdict(study)
     if len(arms) < 2 or min(map(len, arms)) < 2:
         print("A comparison needs two recipes with two seeds each: python train.py --seed 43")
     reports = [write_report(study) for study in studies]
-    if not (runs[0].folder / "failures.csv").exists():
-        others = " ".join(["", "--compare", *(utils.quote(run.folder) for run in runs[1:])]) if len(runs) > 1 else ""
-        print(f"next: python failures.py {utils.quote(runs[0].folder)}{others}{utils.data_flag(args)}")
+    first, *others = sum(arms, []) or runs[:1]
+    if not (first.folder / "failures.csv").exists():
+        compare = " ".join(["", "--compare", *(utils.quote(run.folder) for run in others)]) if others else ""
+        print(f"next: python failures.py {utils.quote(first.folder)}{compare}{utils.data_flag(args)}")
     for path in reports:
         print(f"report: {utils.plain(path)}")
     return {str(run.folder): run.values for run in runs}

@@ -322,6 +322,7 @@ def test_train_stops_early_and_keeps_the_best():
         refused(train.main, command("early", *flags, "--resume"), 2, "best.pt", f"epoch {best['epoch']}, the best")
     (run_dir / "best.pt").write_bytes(own)
     assert "already finished" in trained("early", *flags, "--resume")[1]
+    assert "early" not in trained("two epochs", *flags, "--epochs", "2", "--patience", "1")[1]  # but at the end
 
 
 def test_train_loop_equals_a_plain_one():
@@ -566,7 +567,7 @@ def test_corrupt_draws_by_seed_and_place():
         assert found.dtype == torch.uint8 and torch.equal(found[:3], data.corrupt(images[:3], name, 3)), name
         assert torch.equal(found[0], found[1]) == (name not in random), name  # another place, other draws
         assert torch.equal(found, data.corrupt(images, name, 3, seed=1)) == (name not in random), name
-    assert torch.equal(images, before)
+    assert torch.equal(images, before) and torch.equal(found, data.corrupt(images, name, 3.0))
     many = data.corrupt(images[:1].expand(502, 32, 32, 3), "impulse_noise", 5)  # more than one block
     assert len(many.unique(dim=0)) == 502
 
@@ -918,8 +919,11 @@ def test_verdict_figures_by_hand():
         run.values["confident_errors_scaled"] = 0.01 if run in base else 0.02
     assert evaluate.confident_errors(other, base) == "after temperature scaling 1.00 and 2.00 %"
     other[0].stress = evaluate.Stress(*(part[:, :500] for part in other[0].stress))
-    row = verdict_of(base, other)["less accuracy lost to corruption", "changed"]
-    assert "with the same --stress-images" in row["note"]
+    (base[0].folder / "log.csv").unlink()
+    del base[0].log  # it was read once
+    rows = verdict_of(base, other)
+    assert "with the same --stress-images" in rows["less accuracy lost to corruption", "changed"]["note"]
+    assert rows["validation loss rises again", "baseline"]["note"] == "of 1 of the 2 runs"
 
 
 def test_verdict_what_has_no_figure_says_why():
@@ -1082,8 +1086,10 @@ def test_chain_report():
     text = (changed / "report.md").read_text()
     assert "  mean of 2" in printed and "|   ensemble of 2 |" in text and "| control: another seed |" in text
     assert "Here there are 2 of base and 1 of changed." in text  # names without what all share
-    same, taken = ["a-x1"], ["a-b-c", "a-c-b"]
-    assert evaluate.without_shared_words(same) == same and evaluate.without_shared_words(taken) == taken
+    for names in (["a-x1"], ["a-b-c", "a-c-b"], ["a-warmup-epochs2", "a-warmup-epochs3"], ["a-lr1e-05", "a-lr2e-05"]):
+        assert evaluate.without_shared_words(names) == names
+    printed = without_drawing(evaluate.main, twin, alone)[1]  # the mistakes are those of the first seed
+    assert f"next: python failures.py {utils.quote(alone)} --compare {utils.quote(twin)}\n" in printed
     assert "Here there are" not in report
     for header in re.findall(r"^\| in % \| accuracy \[95 %\] \| (.*) \|$", text, re.M):
         assert all(f"\n- {column}: " in text for column in header.split(" | ")), header

@@ -267,7 +267,10 @@ def test_verdict_reads_attention_of_this_checkpoint_only():
         row, printed = quietly(evaluate.judge, claim, [run])
         del run.attention  # it is read once
         assert word in printed and "left out" in printed and "gradcam.py" in row["note"]
-    utils.write_csv(run.folder / "attention.csv", rows[:-1])
+    rows.pop()  # and a pair for a mistake that is not above 0.90
+    for group, i in zip(("failure", "matched"), np.flatnonzero(run.raw.sure_hits)[-2:]):
+        rows.append(rows[-1] | {"pair": 9999, "group": group, "index": i, "border_drop": 0.5})
+    utils.write_csv(run.folder / "attention.csv", rows)
     share = np.mean(np.arange(len(failed) - 1) % 3 == 0)
     row = evaluate.judge(claim, [run])
     assert math.isclose(row["figure"], 1 - share)
@@ -291,7 +294,7 @@ def test_chain_pictures_are_drawn_when_they_are_due():
     assert {"confusion.png", "per_class.png", "reliability.png"} <= set(drawn())
     with replaced(evaluate, "draw_confusion", side_effect=RuntimeError("Failed to process string with tex")):
         _, printed = quietly(evaluate.main, [run_dir])
-    assert "warning: no confusion.png: Failed to process string with tex" in printed and "accuracy [95 %]" in printed
+    assert "warning: no new confusion.png: Failed to process string with tex" in printed and "accuracy [95 %]" in printed
 
 
 def test_failures_nothing_to_show_is_no_error():
@@ -611,11 +614,16 @@ def test_bad_arguments():
     """Refused with the flag named, before any file is changed; train.py and failures.py have tables of their own."""
     run, missing = chain()[0][0], SCRATCH / "not made"
     before = {path: path.stat().st_mtime_ns for path in SCRATCH.rglob("*") if path.is_file()}
-    with replaced(sys, "argv", ["ipykernel_launcher.py", "-f", "kernel.json"]):  # main() in a notebook
-        assert train.parse_args(None).lr == 0.01
-        for module in (evaluate, gradcam, failures):
-            refused(module.main, None, 2, "no RUN given")
-            refused(module.main, [missing], 2, "train.py")
+    here = os.getcwd()
+    os.chdir(new_folder("without runs"))
+    try:
+        with replaced(sys, "argv", ["ipykernel_launcher.py", "-f", "kernel.json"]):  # main() in a notebook
+            assert train.parse_args(None).lr == 0.01
+            for module in (evaluate, gradcam, failures):
+                refused(module.main, None, 2, "no RUN given")
+                refused(module.main, [missing], 2, "train.py")
+    finally:
+        os.chdir(here)
     refused(evaluate.main, [run, missing], 2, "train.py")
     refused(evaluate.main, [run / "best.pt"], 2, "is a file")
     for module, *table in (
