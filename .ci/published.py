@@ -82,7 +82,7 @@ def test_published_numbers_in_readme():
             for name in ("baseline", "smoothing0.1")}  # fmt: skip
     counts = [np.mean([[(run.raw.failures & part).sum() for part in (True, data.DOUBTFUL)] for run in arm], 0)
               for arm in full.values()]  # fmt: skip
-    words = "Of {:.0f} confident errors of a full-width network, {:.0f} have a label", "with smoothing, {1:.0f} of {0:.0f}."
+    words = "Of {:.0f} confident errors of a full-width network, {:.0f} have a label", "smoothing, {1:.0f} of {0:.0f}."
     assert all(text.format(*pair) in readme for text, pair in zip(words, counts)), counts
     shares = [100 - 100 * np.mean([run.trust["answers"] for run in arm]) for arm in full.values()]
     assert "must refuse {:.0f} % of the images; with smoothing, {:.0f} %".format(*shares) in readme
