@@ -7,7 +7,7 @@
     hostile = attack(model, images[:8], labels[:8], 2)     # (8, 32, 32, 3) float32, no value changed by more than 2
     votes(23)                                              # 4: so many of five people uphold the label of image 23
 
-The training images are 154 MB of bytes and live on the device: no worker processes, a batch is cropped, flipped and
+The images are bytes and live on the device, padded 0.2 GB: no worker processes, a batch is cropped, flipped and
 normalised there. Krizhevsky 2009, https://www.cs.toronto.edu/~kriz/cifar.html. To add a corruption: see OPERATIONS.
 """
 

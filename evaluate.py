@@ -9,7 +9,7 @@ every other one gets a verdict on what the study says (COMPARISONS, ABOUT_ONE).
 
 The idea: a metric is a value for each test image, and their mean is the run's
 figure. So a recipe is a matrix (runs, images), a comparison is arithmetic on
-two matrices, and one function, estimate(), makes every interval. To add a
+two matrices, and estimate() makes every interval of a verdict. To add a
 metric, add a line to Scores.means(). To add a claim, add an entry to
 COMPARISONS or ABOUT_ONE.
 
@@ -20,7 +20,7 @@ confusion.npy (row = true class, column = predicted), per_class.csv, a picture
 of each, and reliability.png. --stress adds stress.csv, stress_preds.npy and
 stress_confidence.npy (65 conditions, N). The first run of each changed recipe
 (of a recipe alone: its first run) gets verdict.json, report.md and pictures.
-Logits that are there are not computed again. Tables name runs without the
+Logits of an unchanged best.pt are kept. Tables name runs without the
 flags that all of them share.
 """
 
@@ -117,9 +117,11 @@ COMPARISONS = [  # changed minus baseline
           remark=lambda runs, base: "confidence - accuracy is {:+.1f} and {:+.1f} points, after temperature scaling "
           "{:+.1f} and {:+.1f}".format(*before_and_after(runs, base, "signed_gap", "signed_gap_scaled"))),
     Claim("less accuracy lost to corruption", "above", lambda runs, base: corruption_effect(runs, base),
-          "slight boost to robustness", "accuracy under 12 x 5 corruptions minus clean accuracy", needs="stress",
-          remark=lambda runs, base: "corrupted accuracy is {:.1f} and {:.1f} %, clean {:.1f} and {:.1f} %".format(
-              *before_and_after(runs, base, "corrupted", "clean"))),
+          "slight boost to robustness",
+          "accuracy under 12 x 5 corruptions minus clean accuracy; who is right less often has less to lose",
+          needs="stress",
+          remark=lambda runs, base: "corrupted accuracy is {:.1f} and {:.1f} %, clean {:.1f} and {:.1f} %, on all test "
+          "images {:.1f} and {:.1f} %".format(*before_and_after(runs, base, "corrupted", "clean", "accuracy"))),
 ]  # fmt: skip
 ABOUT_ONE = [  # for the baseline and for the changed recipe, side by side
     Claim("validation accuracy falls again", "below", each(lambda run: late_change(run, "val_acc")),
@@ -384,6 +386,7 @@ class Run:
         rows = self.table("log.csv", "python train.py", dict.fromkeys(columns, float))
         return {name: np.array([row[name] for row in rows]) for name in columns} if rows else None
 
+    @functools.cached_property
     def occlusions(self):
         """The rows of attention.csv: what hiding the border, and the centre, costs failures and their matched hits."""
         columns = {"pair": int, "index": int, "group": str, "border_drop": float, "centre_drop": float}
@@ -396,7 +399,7 @@ class Run:
 
         None without attention.csv.
         """
-        rows = self.occlusions()
+        rows = self.occlusions
         if not rows:
             return None
         border, failed, matched = np.zeros((3, len(self.labels)), bool)
@@ -610,7 +613,7 @@ def read_stress(run):
 
 # The tables of scores: {column: (metric, what it is)}
 CLASSIFICATION = {
-    "no dup.": ("accuracy_without_duplicates", "accuracy without 891 images that have a near-duplicate in training"),
+    "no dup.": ("accuracy_without_duplicates", "accuracy without 891 images with a near-duplicate in the training set"),
     "precision": ("macro_precision", "mean over the 100 classes (macro)"),
     "recall": ("macro_recall", "mean over the classes"),
     "F1": ("macro_f1", "mean over the classes"),
@@ -725,9 +728,10 @@ def print_scores(runs, arms):
     alone = [[run] for run in runs if not any(run in arm for arm in arms)]
     print(f"{len(runs[0].labels):,} test images of {TITLES[runs[0].dataset]}")
     print_table(["in %", "accuracy [95 %]", *BRIEF], score_rows(score_lines(arms + alone), BRIEF))
-    print("no dup.: without 891 images that have a near-duplicate in training. F1: macro.")
-    print("conf.err: wrong with a confidence above 0.90, of all images. ECE: calibration")
-    print("error. T: temperature of the validation images; above 1 if over-confident.")
+    print("no dup.: without 891 images that have a near-duplicate in the training set.")
+    print("F1: macro. conf.err: wrong with a confidence above 0.90, of all images. ECE:")
+    print("calibration error. T: temperature of the validation images; above 1 if")
+    print("over-confident.")
 
 
 def print_verdict(study):
@@ -982,11 +986,12 @@ class Study:
         compare = ["--compare"] if len(runs) > 1 and script != "evaluate" else []
         return " ".join([f"python {script}.py", *places[:1], *compare, *places[1:]])
 
-    def picture(self, run, name, command):
+    def picture(self, run, name, command, current=True):
         """A picture in a run's folder, linked relatively, or the command that makes it."""
         path = run.folder / name
-        if not path.exists():
-            return f"*Missing: {name} of {run.name}. To make it:* `{command}`"
+        if not (path.exists() and current):
+            weights = "" if name == "failures.png" or (run.folder / "best.pt").exists() else ", with its best.pt"
+            return f"*Missing: {name} of {run.name}. To make it{weights}:* `{command}`"
         target = Path(os.path.relpath(path.resolve(), self.folder.resolve())).as_posix()
         return f"![{path.stem} of {run.name}]({urllib.parse.quote(target)})"
 
@@ -1044,9 +1049,9 @@ def fates(study, made_by):
     first, outcomes, examples = study.first, [], []
     listed = first.table("failures.csv", made_by, {"index": int, "representative": int, "checkpoint": str})
     if not listed:
-        return [f"*Missing: failures.csv of {first.name}. To make it:* `{made_by}`"]
+        return [f"*No failures are listed for {first.name}. To list them:* `{made_by}`"]
     index = [row["index"] for row in listed]
-    drops = {row["index"]: (row["border_drop"], row["centre_drop"]) for row in first.occlusions()}
+    drops = {row["index"]: (row["border_drop"], row["centre_drop"]) for row in first.occlusions}
     lost = {i: f"{round(100 * border)} / {round(100 * centre)}" for i, (border, centre) in drops.items()}
     for run in study.runs:
         same = (run.raw.pred == first.raw.pred)[index].sum()
@@ -1066,7 +1071,7 @@ def fates(study, made_by):
         f"What the runs predict on the mistakes of {first.name} that its failures.csv lists:",
         markdown(counted, outcomes),
         "Mistakes that were picked for their confidence in one run look better in any other run. The control shows by "
-        "how much. Compare it with changed runs of other seeds than these mistakes: equal seeds make runs alike.",
+        "how much. Compare it with changed runs of other seeds than these mistakes: equal seeds can make runs alike.",
     ]
     return [
         *(compared if len(study.runs) > 1 else []),
@@ -1125,7 +1130,8 @@ def report(study):
     networks = " and ".join(dict.fromkeys(MODELS[utils.recipe(arm[0].config)["model"]] for arm in arms))
     others, control = [arm[0] for arm in arms[1:]], arms[0][1:2]
     seeds = " and ".join(f"{len(arm)} of {arm[0].name}" for arm in arms)
-    unequal = f" Here there are {seeds}." if len({len(arm) for arm in arms}) > 1 else ""
+    unequal = f" Here there are {seeds}: unless that was fixed beforehand, the intervals are too short."
+    unequal = unequal if len({len(arm) for arm in arms}) > 1 else ""
 
     find, explain = study.command("failures", first, *others, *control), study.command("gradcam", first, *others)
     evaluate = study.command("evaluate", *study.runs)
@@ -1175,9 +1181,9 @@ def report(study):
         *table(FAILURES),
         *fates(study, find),
         f"## 5. What the network looked at{synthetic}",
-        study.picture(first, "gradcam.png", explain),
+        study.picture(first, "gradcam.png", explain, current=bool(first.occlusions)),  # both are of one call
         "Each cell of a map has seen the whole image: the map and its line are a rough place."
-        + (" In this picture and the one before, *other* is the run that the title names." if study.runs[1:] else ""),
+        " Where a picture's title names another run, *other* is that run.",
         findings(study, "failures rely"),
         f"## 6. What the change did{synthetic}",
         "*Supported*: the 95 % interval lies wholly where the claim says. *Contradicted*: it lies wholly elsewhere. "
@@ -1193,7 +1199,7 @@ def report(study):
         f"## 7. Confusion and classes{synthetic}",
         study.picture(first, "confusion.png", evaluate),
         "Errors inside: share of the errors whose predicted class is in the same superclass.",
-        "Synthetic images have no superclasses." if synthetic else superclass_table(study),
+        "Synthetic superclasses have no names." if synthetic else superclass_table(study),
         f"The pairs of classes that {first.name} confuses most: errors in both directions, on the 200 images of the "
         "two, means over the seeds.",
         pairs_table(study),
@@ -1218,9 +1224,9 @@ def report(study):
         f"Seeds: {seeds}. Where seeds differ as in the published runs (0.25 points), two seeds of each recipe show a "
         "change of 2 points of accuracy nine times in ten, one of 1 point every other time. Three show 1 point nine "
         "times in ten. Half a point needs more than five.",
-        "Words of the study that are not tested: \"background\" (the border is only near to it), \"human "
-        "intuition\", \"barely noticeable differences\".",
-        "Some test labels are wrong (section 4). Some test images have near-duplicates in training (section 3).",
+        "Words of the study that are not tested: \"background\" (the border is only near to it), \"lowest\" (below "
+        "average is), \"human intuition\", \"barely noticeable differences\".",
+        "Some test labels are wrong (section 4). Some test images have a near-duplicate among the training images.",
         f"## 11. Reproduce{synthetic}",
         f"```\n{commands}\n```",
     ]  # fmt: skip
@@ -1232,6 +1238,8 @@ def write_report(study):
     pictures = {"training.png": draw_training, "verdict.png": draw_verdict}
     if 0 not in study.stress_images and len(study.stress_images) == 1:
         pictures["stress.png"] = draw_stress
+    else:
+        (study.folder / "stress.png").unlink(missing_ok=True)  # it shows other runs
     publish(study.folder / "verdict.json", {"claims": [row for _, row in study.rows]}, pictures, study)
     utils.write_file(study.folder / "report.md", report(study).encode())
     return study.folder / "report.md"
@@ -1321,7 +1329,7 @@ def main(argv=None):
             (study.folder / "stress.png").unlink(missing_ok=True)  # it shows other results
         print_verdict(study)
     if len(arms) < 2 or min(map(len, arms)) < 2:
-        print("A comparison needs two recipes with two seeds each: python train.py --seed 43")
+        print("A comparison needs two recipes with two seeds each: the same flags, --seed 43")
     reports = [write_report(study) for study in studies]
     first, *others = sum(arms, []) or runs[:1]
     if not (first.folder / "failures.csv").exists():

@@ -37,6 +37,7 @@ class Run:
         self.folder, self.config, self.name = folder, config, name
         self.recipe, self.seed = utils.recipe(config), config["args"].get("seed")
         logits, self.labels = utils.load_logits(folder, "test")
+        self.checkpoint = utils.checkpoint_id(folder)  # refuses logits of an older best.pt
         self.probs = np.exp(utils.log_softmax(logits))
         self.preds, self.confidence = self.probs.argmax(1), self.probs.max(1)
         self.correct = self.preds == self.labels
@@ -66,7 +67,7 @@ def representative(failures, preds, labels, count):
 
 def make_rows(run, others, failures, chosen, dataset):
     """The rows of failures.csv as dicts. chosen: the representative ones of the failures."""
-    rows, names, checkpoint = [], class_names(dataset), utils.checkpoint_id(run.folder)
+    rows, names = [], class_names(dataset)
     for i in failures.tolist():
         label, pred = run.labels[i], run.preds[i]
         row = {
@@ -84,7 +85,7 @@ def make_rows(run, others, failures, chosen, dataset):
             row[f"{other.name}_outcome"] = "repaired" if other.correct[i] else wrong
             row[f"{other.name}_predicted"] = names[other.preds[i]]
             row[f"{other.name}_confidence"] = other.confidence[i]
-        rows.append(row | {"checkpoint": checkpoint})
+        rows.append(row | {"checkpoint": run.checkpoint})
     return rows
 
 

@@ -23,8 +23,8 @@ Writes into the run directory:
     gradcam.png    a row per representative failure: maps for the predicted and
                    the true class, their difference, another run's map
     gradcam.csv    a row per failure: sums of the signed maps, the largest cell
-    attention.csv  a row per failure, and one for a correct prediction that
-                   matches it in class and confidence: the probability of the
+    attention.csv  a row per failure, and one for a correct prediction like
+                   it in confidence and, if near, class: the probability of the
                    predicted class that is lost if the outermost 4 pixels are
                    hidden (border_drop), or the inner 21x21 (centre_drop)
 Other pictures get other names: gradcam-index.png, gradcam-photo-2f1a0c7e.png.
@@ -228,7 +228,7 @@ def spearman(first, second):
 
 
 def sanity_checks(model, args, images, classes):
-    """Mean |Spearman rho| of the maps with maps that must differ: {their name: float}; NaN if undefined.
+    """Mean |Spearman rho| of the 8x8 maps with maps that must differ: {their name: float}; NaN if undefined.
 
     Near 1 for another class, drawn at random, the maps ignore the class (Sixt et al., arXiv:1912.09818); near 1
     for untrained weights, what was learnt (Adebayo et al., arXiv:1810.03292). Small values are necessary, not
@@ -304,7 +304,7 @@ def measure_attention(run, failures, test_set):
 
 
 def print_attention(rows):
-    """The means of attention.csv. Their intervals, over several runs, are in evaluate.py's verdict."""
+    """The means of attention.csv. evaluate.py judges the difference in the last column, over several runs."""
     print("points of confidence lost    centre hidden  border hidden  more at the border")
     for group, name in (("failure", "failures"), ("matched", "matched hits")):
         drops = [(row["centre_drop"], row["border_drop"]) for row in rows if row["group"] == group]
@@ -394,7 +394,7 @@ class Run:
         try:
             grad_cam(self.model, torch.zeros(1, 3, 32, 32), torch.tensor([0]), self.layer)
         except ValueError as error:
-            raise ScriptError(f"--layer {self.layer}: {error}; try {last}") from None
+            raise ScriptError(f"--layer {self.layer}: {error}; try {last}, or leave it out") from None
 
 
 def draw(path, run, other, images, labels, target, captions, what=""):
@@ -468,7 +468,7 @@ def explain_failures(run, other, target, test_set, failures):
     some = index[:: math.ceil(len(index) / BATCH)]  # at most 100, evenly spread
     classes = probabilities(run.model, images[some]).argmax(1)
     for name, rho in sanity_checks(run.model, run.args, images[some], classes).items():
-        verdict = "< 0.5: the maps change" if rho < SANITY_LIMIT else "not < 0.5: the maps support no claim"
+        verdict = "< 0.5: 8x8 maps change" if rho < SANITY_LIMIT else "not < 0.5: 8x8 maps support no claim"
         print(f"sanity: {name}: mean |rho| {rho:.2f}, {verdict}")
     return rows
 

@@ -17,7 +17,7 @@ the stem here is one 3x3 convolution with stride 1, and there is no max-pool.
     layer4   512 x  4x 4  the same
     head     100          mean over the 4x4 cells, then a linear layer
 
-The transformer, CCT, is explained at its class. To add a network: MODELS, LAST_MAP and make_model below.
+The transformer, CCT, is explained at its class. New ones: MODELS, LAST_MAP, make_model; SANITY_LAYER of gradcam.py.
 """
 
 import torch
@@ -73,7 +73,7 @@ class ResNet18(nn.Module):
         x = self.layer2(x)  # (B, 128, 16, 16)
         x = self.layer3(x)  # (B, 256, 8, 8)
         x = self.layer4(x)  # (B, 512, 4, 4)
-        x = x.mean((2, 3))  # (B, 512); unlike adaptive pooling, its backward is deterministic on CUDA
+        x = x.mean((2, 3))  # (B, 512), as by AdaptiveAvgPool2d(1)
         return self.fc(x)  # (B, num_classes)
 
 
@@ -114,8 +114,9 @@ class CCT(nn.Module):
     """CCT-2/3x2, a compact convolutional transformer: 2 blocks on the 8x8 tokens that 2 convolutions leave.
 
     Hassani et al., arXiv:2104.05704: 0.28 M parameters with 10 classes, at width 64. Convolutions in place of patches
-    let a transformer learn from 50,000 images. Two differences: no dropout, and the head takes the mean of the tokens,
-    not a learned average. So a logit is the mean of an 8x8 map, `tokens` weighted by the head, plus a bias.
+    let a transformer learn from 50,000 images. Unlike the authors' code: no dropout, plain pre-norm blocks, torch's
+    first weights, and the mean of the tokens, not a learned average. So a logit is the mean of an 8x8 map, `tokens`
+    weighted by the head, plus a bias.
     """
 
     def __init__(self, num_classes, width):

@@ -10,7 +10,7 @@ config.json, log.csv (a row an epoch), curves.png, last.pt (the last epoch, for
 --resume) and best.pt (the weights of the best validation epoch, for --resume,
 evaluate.py and gradcam.py). 10,000 of the 50,000 training images are held out
 for validation; the test set is not touched. A resumed run is bit-identical to
-an undisturbed one on a CPU with as many threads, on a GPU with --deterministic.
+one without a stop on a CPU with as many threads, on a GPU by --deterministic.
 """
 
 import contextlib
@@ -52,7 +52,7 @@ def lr_at(step, total_steps, warmup_steps, peak):
 
 
 def make_optimizer(model, lr, momentum, weight_decay, adamw=False):
-    """SGD with Nesterov momentum, or AdamW, as one fused kernel where there is one.
+    """SGD with Nesterov momentum, or AdamW, as one fused kernel on CPU and CUDA.
 
     The state begins with zeros: if float16 overflows in the first step, fused SGD would take uninitialised memory. So
     restore() also knows the shapes.
@@ -177,8 +177,7 @@ def fit(args, device, precision, run_dir, checkpoint):
 
 def configure(device, deterministic):
     """Settings of the whole process."""
-    if deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for older torch, before cuBLAS starts
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # older torch reads it once, as cuBLAS starts
     torch.use_deterministic_algorithms(deterministic)
     torch.utils.deterministic.fill_uninitialized_memory = False  # filling each new tensor costs 12 to 15 %
     torch.backends.cudnn.benchmark = not deterministic  # it picks algorithms by timing them
@@ -232,7 +231,7 @@ def announce(run_dir, args, config, reason):
 
 
 def draw_curves(name, args, history):
-    """A Figure: loss and accuracy by epoch. Its ranges are fixed, so that two runs can be laid side by side."""
+    """A Figure: loss and accuracy by epoch. Runs of as many epochs have the same ranges, to be compared by eye."""
     title = f"Training {MODELS[args.model]} on {TITLES[args.dataset]}: {utils.plain(name)}"
     figure, panels = utils.new_figure(10, 4, 1, 2, title)
     parts = (
@@ -385,7 +384,7 @@ def finish(run_dir, args, history):
 def parse_args(argv):
     """The arguments, with the presets and the names that follow from them."""
     parser = utils.ArgumentParser(__file__, __doc__)
-    add = parser.add_argument_group("recipe").add_argument
+    add = parser.add_argument_group("training").add_argument
     add("--smoothing", type=float, default=0.0, help="label smoothing a: targets (1 - a) one-hot + a / 100")
     add("--epochs", type=int, help=f"passes over the training images, at most (default: {STUDY['epochs']})")
     add("--batch-size", type=int, default=128, help="images per step")
@@ -411,7 +410,7 @@ def parse_args(argv):
     add("--quick", action="store_true", help=quick)
     add("--dataset", choices=("cifar100", "synthetic"), help="synthetic: a made-up stand-in (default: cifar100)")
     utils.add_common_flags(where)
-    add("--data-url", metavar="URL", help="where to download cifar-100-python.tar.gz from; with --data-dir, into it")
+    add("--data-url", metavar="URL", help="where to download cifar-100-python.tar.gz from; not with --quick")
     add("--output-dir", metavar="DIR", help="the run directory, if not runs/<name>")
     add("--resume", action="store_true", help="continue from the run's last.pt; start if there is none")
     args = parser.parse_args(argv)
@@ -431,7 +430,7 @@ def parse_args(argv):
     if args.dataset is None:
         args.dataset = "synthetic" if args.quick and missing and not named else "cifar100"
     if args.dataset == "cifar100" and missing and (args.quick or (named and not args.data_url)):
-        ways = "without --data-dir, --quick takes synthetic images, and train.py alone downloads it into data/"
+        ways = "--quick alone takes synthetic images, and train.py alone downloads it into data/"
         parser.error(f"no CIFAR-100 in --data-dir {args.data_dir}, nor up to two levels below; {ways}")
     name, args.command = names_of(args, defaults)
     args.output_dir = args.output_dir or str(Path("runs") / name)

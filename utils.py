@@ -156,7 +156,7 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 def add_common_flags(parser, device=True):
-    where = "folder with CIFAR-100, at most two levels down (default: data, or where RUN found it)"
+    where = "folder with CIFAR-100, at most two levels down (default: data, or as in training)"
     parser.add_argument("--data-dir", metavar="DIR", help=where)
     if device:
         which = "auto, cpu, cuda, cuda:N or mps; auto takes a GPU if there is one"
@@ -229,7 +229,7 @@ def write_file(path, content):
         os.replace(partial, path)
         return True
     except OSError as error:
-        advice = "free some space or use another folder; the old file is intact"
+        advice = "free some space or use another folder"
         raise ScriptError(f"cannot write {path} ({error.strerror or error}); {advice}", code=1) from None
     finally:
         with contextlib.suppress(OSError):
@@ -324,7 +324,7 @@ def read_npy(path, made_by, what, shape, kinds, wrong=lambda array: [], digest=N
 
 
 def last_run():
-    """The run in runs/ that was trained last; its name is the first line printed."""
+    """The run in runs/ that was trained last, by its best.pt; its name is the first line printed."""
     found = sorted(Path("runs").glob("*/best.pt"), key=lambda path: path.stat().st_mtime)
     if not found:
         raise ScriptError("no RUN given, and no trained run in runs/; run python train.py first")
@@ -441,7 +441,7 @@ def load_best(run, device):
 
 
 def load_model(run, device="cpu"):
-    """The best network of a run, in eval mode: load_model("runs/baseline")(images) gives logits (N, 100)."""
+    """The best network of a run, in eval mode: load_model("runs/baseline")(normalize(images)) gives logits (N, 100)."""
     return load_best(run, device)[0]
 
 
@@ -531,7 +531,7 @@ def select_precision(amp, device):
             # those compute NaN: github.com/pytorch/pytorch/issues/77955
             fast, reason = "fp16", "this GPU has no bfloat16"
     elif device.type == "cpu" and Path("/proc/cpuinfo").exists():  # on Linux
-        if re.search(r"\b(avx512_bf16|amx_bf16|bf16)\b", Path("/proc/cpuinfo").read_text()):
+        if re.search(r"\b(avx512_bf16|amx_bf16)\b", Path("/proc/cpuinfo").read_text()):  # ARM's lacks fast gradients
             fast, reason = "bf16", "fast on this CPU"
     possible = {"off", fast, "fp16"} if device.type == "cuda" else {"off", fast}
     if amp not in possible | {"auto"}:
@@ -616,5 +616,7 @@ def save_figure(path, draw, *args):
         return True
     except Exception as error:  # a broken matplotlibrc, LaTeX that is missing, a full disk
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        warn(f"no new {Path(path).name}: {reason}")
+        warn(f"no {Path(path).name}: {reason}")
+        with contextlib.suppress(OSError):
+            Path(path).unlink()  # it shows what was
         return False
