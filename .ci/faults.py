@@ -296,6 +296,8 @@ def test_chain_pictures_are_drawn_when_they_are_due():
     with replaced(utils, "save_figure") as save:
         quietly(evaluate.main, [run_dir])
     assert {"confusion.png", "per_class.png", "reliability.png"} <= set(drawn())
+    (run_dir / "confusion.png").write_text("of other scores")
+    utils.write_json(run_dir / "metrics.json", metrics | {"accuracy": 0.5})
     with replaced(evaluate, "draw_confusion", side_effect=RuntimeError("Failed to process string with tex")):
         _, printed = quietly(evaluate.main, [run_dir])
     assert "warning: no confusion.png: Failed to process string with tex" in printed, printed
