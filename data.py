@@ -114,7 +114,7 @@ def normalize(images):
 @functools.cache  # one copy to each device, not one in every step
 @torch.inference_mode(False)  # else whoever calls it first in that mode spoils it for gradients
 def mean_std(device):
-    return torch.tensor([MEAN, STD]).view(2, 1, 3, 1, 1).to(device) * 255
+    return torch.tensor([MEAN, STD], dtype=torch.float32).view(2, 1, 3, 1, 1).to(device) * 255
 
 
 def mix_plan(seed, epoch, steps, mixup=0.0, cutmix=0.0):

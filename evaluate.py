@@ -246,7 +246,7 @@ def is_current(run_dir):
 
 
 class Scores:
-    """What logits (N, C) predict for N images: arrays (N,). Metrics are computed from these."""
+    """What logits (N, 100) predict for N images: arrays (N,). Metrics are computed from these."""
 
     def __init__(self, logits, labels):
         log_probs, rows = log_softmax(logits), np.arange(len(labels))
@@ -313,6 +313,7 @@ def fit_temperature(logits, labels):
     so its slope, the mean of (sum_k p_k z_k) - z_y, changes sign once: bisection. Where it does not, as with no
     error at all, the nearer bound comes back.
     """
+    logits = np.asarray(logits, np.float64)
     logits = logits - logits.max(1, keepdims=True)  # so that exp() cannot overflow
     true_logits = logits[np.arange(len(labels)), labels]
     low, high = 0.01, 100.0
@@ -335,7 +336,9 @@ def trust(val, test):
     """
     names, n = ("answers", "answers_accuracy", "set_coverage", "set_size", "set_worst_class"), len(val.labels)
     order = np.argsort(-val.confidence, kind="stable")
-    good = np.flatnonzero(np.cumsum(val.correct[order]) / np.arange(1, n + 1) >= 0.95)
+    right = np.cumsum(val.correct[order]) / np.arange(1, n + 1)
+    last = np.diff(val.confidence[order], append=-1) != 0  # of equal confidences: a threshold admits all of them
+    good = np.flatnonzero(last & (right >= 0.95))
     answered = test.confidence >= (val.confidence[order[good[-1]]] if len(good) else math.inf)
     accuracy = test.correct[answered].mean() if answered.any() else math.nan
     t = np.sort(val.true_probability)[n - math.ceil(0.9 * (n + 1))]  # the (n + 1 - ceil)-th smallest
@@ -854,7 +857,7 @@ def draw_verdict(study):
         names.append(study.title(claim, row))
     for arm, color in zip(study.arms, COLORS):
         axes.plot([], [], "o", color=color, markersize=4, label=f"runs of {arm[0].name}")
-    axes.set(xlim=(-1.2, 1.2), ylim=(len(rows) - 0.5, -0.5), xticks=[])
+    axes.set(xlim=(-1.2, 1.2), ylim=(max(len(rows), 1) - 0.5, -0.5), xticks=[])
     axes.set_xlabel("line: 95 % interval; shaded: as claimed (a claimed fall points right); each row has its own scale")
     axes.set_yticks(range(len(rows)), names, fontsize=9)
     axes.tick_params(length=0)
@@ -1044,12 +1047,11 @@ def findings(study, text):
     return "\n".join(lines)
 
 
-def fates(study, made_by):
-    """Paragraphs: what the runs predict on the mistakes in failures.csv of the first run."""
+def fates(study, listed, made_by):
+    """Paragraphs: what the runs predict on the mistakes that are listed, rows of failures.csv of the first run."""
     first, outcomes, examples = study.first, [], []
-    listed = first.table("failures.csv", made_by, {"index": int, "representative": int, "checkpoint": str})
     if not listed:
-        return [f"*No failures are listed for {first.name}. To list them:* `{made_by}`"]
+        return [f"*No failures are listed for {first.name}. To list some, if need be by --threshold 0.5:* `{made_by}`"]
     index = [row["index"] for row in listed]
     drops = {row["index"]: (row["border_drop"], row["centre_drop"]) for row in first.occlusions}
     lost = {i: f"{round(100 * border)} / {round(100 * centre)}" for i, (border, centre) in drops.items()}
@@ -1070,7 +1072,7 @@ def fates(study, made_by):
     compared = [
         f"What the runs predict on the mistakes of {first.name} that its failures.csv lists:",
         markdown(counted, outcomes),
-        "Mistakes that were picked for their confidence in one run look better in any other run. The control shows by "
+        "Mistakes that were picked for their confidence in one run look better in any other run. A control shows by "
         "how much. Compare it with changed runs of other seeds than these mistakes: equal seeds can make runs alike.",
     ]
     return [
@@ -1131,9 +1133,13 @@ def report(study):
     others, control = [arm[0] for arm in arms[1:]], arms[0][1:2]
     seeds = " and ".join(f"{len(arm)} of {arm[0].name}" for arm in arms)
     unequal = f" Here there are {seeds}: unless that was fixed beforehand, the intervals are too short."
-    unequal = unequal if len({len(arm) for arm in arms}) > 1 else ""
+    unequal = unequal if len({len(arm) for arm in arms}) > 1 < min(map(len, arms)) else ""
 
     find, explain = study.command("failures", first, *others, *control), study.command("gradcam", first, *others)
+    columns = {"index": int, "representative": int, "confidence": float, "checkpoint": str}
+    listed = first.table("failures.csv", find, columns)
+    lowest = min([row["confidence"] for row in listed], default=1)
+    find += f" --threshold {math.floor(100 * lowest) / 100:g}" if lowest <= CONFIDENT else ""
     evaluate = study.command("evaluate", *study.runs)
     measure = f"{evaluate} --stress"
     commands = [run.config["command"] for run in study.runs if "command" in run.config] + [measure, find, explain]
@@ -1179,7 +1185,7 @@ def report(study):
         *table(CALIBRATION),
         f"## 4. Confident failures{synthetic}",
         *table(FAILURES),
-        *fates(study, find),
+        *fates(study, listed, find),
         f"## 5. What the network looked at{synthetic}",
         study.picture(first, "gradcam.png", explain, current=bool(first.occlusions)),  # both are of one call
         "Each cell of a map has seen the whole image: the map and its line are a rough place."
@@ -1329,7 +1335,7 @@ def main(argv=None):
             (study.folder / "stress.png").unlink(missing_ok=True)  # it shows other results
         print_verdict(study)
     if len(arms) < 2 or min(map(len, arms)) < 2:
-        print("A comparison needs two recipes with two seeds each: the same flags, --seed 43")
+        print("A comparison needs two recipes with two seeds each (same flags, other --seed).")
     reports = [write_report(study) for study in studies]
     first, *others = sum(arms, []) or runs[:1]
     if not (first.folder / "failures.csv").exists():

@@ -59,8 +59,9 @@ def representative(failures, preds, labels, count):
     chosen = {}  # pair of classes: the failure that stands for it
     for target in np.linspace(0, len(failures) - 1, count):
         for i in failures[np.argsort(np.abs(np.arange(len(failures)) - target), kind="stable")]:
-            if (labels[i], preds[i]) not in chosen:
-                chosen[labels[i], preds[i]] = i
+            pair = int(labels[i]), int(preds[i])
+            if pair not in chosen:
+                chosen[pair] = i
                 break
     return list(chosen.values())
 

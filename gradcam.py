@@ -70,10 +70,12 @@ def grad_cam(model, images, targets, layer="layer4"):
     inference_mode, with frozen, half and double weights, and leaves no hook and no gradient behind. One backward
     pass serves the batch: in eval mode no image's logit depends on another image. ValueError for wrong arguments.
     """
-    modules, weight, training, saved = dict(model.named_modules()), next(model.parameters()), model.training, {}
+    modules, weight, saved = dict(model.named_modules()), next(model.parameters()), {}
+    training = [module for module in model.modules() if module.training]
     parts = ", ".join(name for name, _ in model.named_children())
     require(layer in modules, f"the network has no layer {layer}; its parts are {parts}")
-    sound = images.is_floating_point() and (images.abs() <= 10).all()  # in 0..1: may be low contrast
+    sound = isinstance(images, torch.Tensor) and images.is_floating_point()
+    sound = sound and (images.abs() <= 10).all()  # in 0..1: may be low contrast
     require(sound, "images must be normalised floats (N, 3, H, W), as data.normalize makes them")
     targets = torch.as_tensor(targets)
     fitting = targets.dtype == torch.int64 and targets.shape == images.shape[:1]
@@ -87,7 +89,7 @@ def grad_cam(model, images, targets, layer="layer4"):
         # A starts the graph: the backward pass ends here, whether or not the weights before it are frozen.
         A = saved["A"] = output.detach().requires_grad_()
         A.register_hook(backward_hook)  # goes with A
-        return A
+        return A.clone()  # what follows may change it in place, as ReLU(inplace=True) does
 
     try:
         model.eval()  # in training mode batch norm would mix the images
@@ -100,7 +102,8 @@ def grad_cam(model, images, targets, layer="layer4"):
             score = logits.gather(1, targets.to(weight.device, copy=True)[:, None]).sum()
             score.backward(inputs=[saved["A"]])  # no parameter gets a .grad
     finally:
-        model.train(training)
+        for module in training:
+            module.training = True
     A, gradient = saved["A"].detach().float(), saved["gradient"].float()  # (N, K, h, w)
     alpha = gradient.mean((2, 3), keepdim=True)  # (N, K, 1, 1)
     return (alpha * A).sum(1)  # (N, h, w)
@@ -223,7 +226,7 @@ def picture(model, images, labels=None, target="predicted", layer="layer4", name
 def spearman(first, second):
     """Spearman's rank correlation (N,) of two tensors (N, ...), image by image; NaN where one is constant."""
     # A cell's rank, around 0: how many cells are smaller, minus how many are larger. Ties share theirs.
-    a, b = ((x[:, :, None] - x[:, None]).sign().sum(2).double() for x in (first.flatten(1), second.flatten(1)))
+    a, b = ((x[:, :, None] - x[:, None]).sign().sum(2) for x in (first.flatten(1).double(), second.flatten(1).double()))
     return (a * b).sum(1) / (a.square().sum(1) * b.square().sum(1)).sqrt()  # 0 / 0 is NaN
 
 
@@ -401,6 +404,7 @@ def draw(path, run, other, images, labels, target, captions, what=""):
     """Save the picture() of these images."""
     title = f"{MODELS[run.args['model']]} trained on {TITLES[run.dataset]}, run {run.name}{what}"
     title += f"\nother run: {other.name}" if other else ""
+    title += f", at {other.layer}" if other and other.layer != run.layer else ""
     pair = (other.model, other.layer) if other else None
     arguments = run.model, images, labels, target, run.layer, run.names, captions, title, pair
     if utils.save_figure(path, picture, *arguments):
@@ -482,6 +486,8 @@ def main(argv=None):
     other = Run(args.compare, args.layer, device, writable=False) if args.compare else None
     if other and (other.folder.resolve() == run.folder.resolve() or other.dataset != run.dataset):
         raise ScriptError(f"--compare {args.compare} must be another run, trained on the same data set")
+    if other:
+        run.name, other.name = utils.short_names([run.folder, other.folder])
     if args.image is not None:
         return explain_file(run, other, target, args.image)
     failures = [] if args.index else read_failures(run)
@@ -492,6 +498,9 @@ def main(argv=None):
     if not failures:
         print(f"{utils.quote(run.folder)}/failures.csv is empty: no mistake is above the threshold.")
         print("A lower --threshold of failures.py lists some; --index explains other images.")
+        for name in ("gradcam.png", "gradcam.csv", "attention.csv"):
+            (run.folder / name).unlink(missing_ok=True)  # of failures that are no longer listed
+    print("A report compares the runs that are named:")
     print(f"next: python evaluate.py {utils.quote(run.folder)}{utils.data_flag(args)}")
     return rows
 

@@ -603,6 +603,8 @@ def test_metrics_temperature():
         assert math.isclose(t, factor * best, rel_tol=1e-5)
         assert nll_at(scaled, t) < min(nll_at(scaled, 0.99 * t), nll_at(scaled, 1.01 * t))
     assert math.isclose(evaluate.fit_temperature(5.0 * np.eye(100), np.arange(100)), 0.01)  # no minimum: the bound
+    half = logits.astype(np.float16)
+    assert evaluate.fit_temperature(half, labels) == evaluate.fit_temperature(half.astype(np.float64), labels)
     run = run_of(logits, labels, temperature=2.0)
     heights = [[bar.get_height() for bar in axes.patches] for axes in evaluate.draw_reliability(run).axes]
     for scores, shares, counts in zip((run.raw, run.scaled), heights[:2], heights[2:]):
@@ -651,6 +653,10 @@ def test_metrics_trust_against_loops():
         assert math.isclose(found["set_coverage"], held.mean())
         assert math.isclose(found["set_size"], np.mean([len(s) for s in sets]))
         assert math.isclose(found["set_worst_class"], min(held[test.labels == k].mean() for k in range(100)))
+    val.confidence[:], val.correct = 0.8, np.arange(1000) < 960  # all alike: all 96 % are answered, or none of 94 %
+    assert evaluate.trust(val, val)["answers"] == 1
+    val.correct = np.arange(1000) < 940
+    assert evaluate.trust(val, val)["answers"] == 0
     coverage = []  # of calibrated probabilities: the label is drawn from them
     for _ in range(60):
         logits = rng.normal(size=(1200, 100)) * 3
@@ -962,6 +968,7 @@ def test_chain_report():
     links = re.findall(r"!\[[^]]+\]\(([^)]+)\)", report)
     assert len(links) >= 7 and all((smoothed / link.replace("%20", " ")).exists() for link in links), links
     assert "--stress`" in report  # the section on stress names its command
+    assert re.search(r"^python failures.py .* --threshold 0.8[5-9]$", report, re.M)  # as the list was made
     for run in (baseline, smoothed):  # of different widths
         assert f"Each run of {run.name}: {json_of(run / 'config.json')['parameters']} parameters" in report
     metrics = [json_of(run / "metrics.json") for run in (baseline, smoothed)]
@@ -997,7 +1004,7 @@ def test_chain_report():
     _, printed = without_drawing(evaluate.main, first, twin, changed)
     text = (changed / "report.md").read_text("utf-8")
     assert "  mean of 2" in printed and "|   ensemble of 2 |" in text and "| control: another seed |" in text
-    assert "Here there are 2 of base and 1 of changed: unless" in text  # names without what all share
+    assert "Seeds: 2 of base and 1 of changed." in text  # names without what all share
     for names in (["a-x1"], ["a-b-c", "a-c-b"], ["a-warmup-epochs2", "a-warmup-epochs3"], ["a-lr1e-05", "a-lr2e-05"]):
         assert evaluate.without_shared_words(names) == names
     printed = without_drawing(evaluate.main, twin, alone)[1]  # the mistakes are those of the first seed
@@ -1069,6 +1076,7 @@ def test_chain_failures():
     preds, same = np.repeat([1, 2], 5), np.zeros(10, int)  # the rule, by hand
     assert failures.representative(np.arange(10), preds, np.arange(10), 3) == [0, 4, 9]
     assert failures.representative(np.arange(10), same, same, 3) == [0]  # one pair of classes
+    assert failures.representative(np.arange(10), torch.tensor(same), torch.tensor(same), 3) == [0]
 
 
 def test_failures_votes_and_other_runs_by_hand():
@@ -1180,7 +1188,13 @@ def test_gradcam_batch_modes_and_traces():
     ):  # fmt: skip
         with raised(ValueError, re.escape(word)):
             gradcam.grad_cam(model, *arguments)
+    model.bn1.eval()  # frozen, as in fine-tuning
     gradcam.grad_cam(model, images, targets)
+    assert model.layer1.training and not model.bn1.training
+    in_place, plain = (torch.nn.Sequential(model.conv1, torch.nn.ReLU(inplace), torch.nn.AdaptiveAvgPool2d(1),
+                       torch.nn.Flatten(), torch.nn.Linear(8, 10)) for inplace in (True, False))  # fmt: skip
+    plain[4] = in_place[4]
+    assert torch.equal(*(gradcam.grad_cam(net, images, targets, "0") for net in (in_place, plain)))
     assert model.training and all(p.grad is None for p in model.parameters())
     assert not any(m._forward_hooks or m._backward_hooks for m in model.modules())
 
@@ -1191,6 +1205,7 @@ def test_gradcam_sanity_checks_by_hand():
     others = torch.tensor([[10, 30, 20, 40], [4, 3, 1, 2], [1, 2, 3, 4]])
     # ranks 1 2.5 2.5 4 and 4 3 1 2: covariance (-1.5 * 1.5 + 0 + 0 + 1.5 * -0.5) / sqrt(4.5 * 5)
     assert np.allclose(gradcam.spearman(rows, others), [0.8, -3 / math.sqrt(4.5 * 5), math.nan], equal_nan=True)
+    assert np.allclose(gradcam.spearman(rows[:2].byte(), 255 - rows[:2].byte()), -1)  # no wrap-around
     generator = torch.Generator().manual_seed(0)
     images, classes = torch.randint(256, (8, 32, 32, 3), dtype=torch.uint8, generator=generator), torch.arange(8)
     for name in gradcam.SANITY_LAYER:

@@ -551,7 +551,7 @@ def memory_format(device):
 
 @torch.no_grad()
 def predict(model, batches):
-    """Logits (N, C) float32 of all batches (B, 3, 32, 32), in order, on the model's device, in eval mode."""
+    """Logits (N, C) float32 of all batches (B, 3, 32, 32), in order, on the model's device. It stays in eval mode."""
     model.eval()
     return torch.cat([model(images).float() for images in batches])
 
