@@ -1132,8 +1132,9 @@ def report(study):
     networks = " and ".join(dict.fromkeys(MODELS[utils.recipe(arm[0].config)["model"]] for arm in arms))
     others, control = [arm[0] for arm in arms[1:]], arms[0][1:2]
     seeds = " and ".join(f"{len(arm)} of {arm[0].name}" for arm in arms)
-    unequal = f" Here there are {seeds}: unless that was fixed beforehand, the intervals are too short."
-    unequal = unequal if len({len(arm) for arm in arms}) > 1 < min(map(len, arms)) else ""
+    sizes, unequal = {len(arm) for arm in arms}, ""
+    if len(sizes) > 1 and min(sizes) > 1:
+        unequal = f" Here there are {seeds}: unless that was fixed beforehand, the intervals are too short."
 
     find, explain = study.command("failures", first, *others, *control), study.command("gradcam", first, *others)
     columns = {"index": int, "representative": int, "confidence": float, "checkpoint": str}
@@ -1188,8 +1189,8 @@ def report(study):
         *fates(study, listed, find),
         f"## 5. What the network looked at{synthetic}",
         study.picture(first, "gradcam.png", explain, current=bool(first.occlusions)),  # both are of one call
-        "Each cell of a map has seen the whole image: the map and its line are a rough place."
-        " Where a picture's title names another run, *other* is that run.",
+        "Each cell of a map has seen the whole image: the map and its line are a rough place. Where a "
+        "picture's title names another run, *other* is that run.",
         findings(study, "failures rely"),
         f"## 6. What the change did{synthetic}",
         "*Supported*: the 95 % interval lies wholly where the claim says. *Contradicted*: it lies wholly elsewhere. "
@@ -1239,13 +1240,17 @@ def report(study):
     return "\n\n".join(paragraphs) + "\n"
 
 
-def write_report(study):
-    """verdict.json, the pictures that need several runs, and report.md; returns the report's path."""
+def write_report(study, measured):
+    """verdict.json, the pictures that need several runs, and report.md; returns its path.
+
+    measured: whether stress has just been measured, so that an old picture shows other results.
+    """
     pictures = {"training.png": draw_training, "verdict.png": draw_verdict}
-    if 0 not in study.stress_images and len(study.stress_images) == 1:
+    alike = len(study.stress_images) == 1 and 0 not in study.stress_images
+    if alike:
         pictures["stress.png"] = draw_stress
-    else:
-        (study.folder / "stress.png").unlink(missing_ok=True)  # it shows other runs
+    if measured or not alike:
+        (study.folder / "stress.png").unlink(missing_ok=True)
     publish(study.folder / "verdict.json", {"claims": [row for _, row in study.rows]}, pictures, study)
     utils.write_file(study.folder / "report.md", report(study).encode())
     return study.folder / "report.md"
@@ -1331,12 +1336,10 @@ def main(argv=None):
     # the first recipe alone, or every other one against it
     studies = [Study([arms[0], changed]) for changed in arms[1:]] or [Study([arm]) for arm in arms]
     for study in studies:
-        if unmeasured:
-            (study.folder / "stress.png").unlink(missing_ok=True)  # it shows other results
         print_verdict(study)
     if len(arms) < 2 or min(map(len, arms)) < 2:
         print("A comparison needs two recipes with two seeds each (same flags, other --seed).")
-    reports = [write_report(study) for study in studies]
+    reports = [write_report(study, measured=bool(unmeasured)) for study in studies]
     first, *others = sum(arms, []) or runs[:1]
     if not (first.folder / "failures.csv").exists():
         compare = " ".join(["", "--compare", *(utils.quote(run.folder) for run in others)]) if others else ""

@@ -890,6 +890,11 @@ def test_chain_stress():
         report = without_drawing(evaluate.main, *flags)[1]
     assert within_79_columns(printed) and (runs[1] / "stress.png").exists()
     assert printed.split("lost to corruption")[1] == report.split("lost to corruption")[1]
+    study = evaluate.Study([[evaluate.read_run(*utils.open_run(run), run.name)] for run in runs])
+    (runs[1] / "stress.png").write_bytes(b"of other images")
+    for measured, content in ((False, b"of other images"), (True, b"drawn")):
+        without_drawing(lambda _: evaluate.write_report(study, measured))
+        assert (runs[1] / "stress.png").read_bytes() == content
     preds, confidence, labels = (np.load(runs[1] / f"{name}.npy") for name in
                                  ("stress_preds", "stress_confidence", "test_labels"))  # fmt: skip
     index = sorted(np.flatnonzero(labels == k)[0] for k in range(100))  # the first image of each class

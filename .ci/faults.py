@@ -369,6 +369,7 @@ def test_chain_gradcam_without_failures_and_with_bad_ones():
     path.write_text(header + "\n")
     rows, printed = explain(run_dir, "--data-dir", SCRATCH)
     assert rows == [] and "is empty" in printed
+    assert not (run_dir / "attention.csv").exists()  # of failures that are no longer listed
     assert f"next: python evaluate.py {utils.quote(run_dir)} --data-dir {utils.quote(SCRATCH)}\n" in printed
     index, *_, digest = first.split(",")
     for row, word in (
